@@ -1,0 +1,162 @@
+"""Every collective of the system, named by logical axis.
+
+Decides which mesh axes a logical exchange runs over; a rule that maps a name to nothing makes its collective vanish.
+All of it is called inside the one `shard_map` of a step, which is manual over all mesh axes.
+
+Invariant: only axes with more than one device are ever named, so that one device compiles to no collective at all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtx.sharding import Placement, Rules
+
+
+def varying_axes(x: jax.Array) -> tuple[str, ...]:
+    """Mesh axes over which the type system holds `x` to differ between devices."""
+    return tuple(jax.typeof(x).mat.varying)
+
+
+def cast_varying(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Marks arrays as differing over `axes`. Costs nothing; its transpose is the sum over the axes added."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(a for a in axes if a not in varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def shared_varying(*trees: Any) -> tuple[Any, ...]:
+    """Marks all arrays as differing over every axis that any of them differs over (for carries and custom rules)."""
+    axes = tuple({a for x in jax.tree.leaves(trees) for a in varying_axes(x)})
+    return tuple(cast_varying(tree, axes) for tree in trees)
+
+
+@dataclass(frozen=True)
+class Comm:
+    """The collectives of one layout.
+
+    Attributes:
+        rules: Logical axis -> live mesh axes.
+        sizes: Devices along each mesh axis.
+    """
+
+    rules: Rules
+    sizes: dict[str, int]
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """Mesh axes with more than one device."""
+        return tuple(a for a, n in self.sizes.items() if n > 1)
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Mesh axes that shard a logical axis."""
+        return self.rules[name]
+
+    def size(self, name: str) -> int:
+        """Number of shards of a logical axis."""
+        return math.prod(self.sizes[a] for a in self.axes(name))
+
+    def index(self, name: str) -> jax.Array | int:
+        """Which shard of a logical axis this device holds."""
+        return lax.axis_index(self.axes(name)) if self.axes(name) else 0
+
+    def _extra(self, finer: str, coarser: str) -> tuple[str, ...]:
+        return tuple(a for a in self.axes(finer) if a not in self.axes(coarser))
+
+    def varying(self, tree: Any) -> Any:
+        """Marks a tree as differing over all live axes."""
+        return cast_varying(tree, self.live)
+
+    def gather(self, x: jax.Array, source: str, target: str, dim: int) -> jax.Array:
+        """Joins the pieces of `dim` that `source` shards and `target` does not."""
+        axes = self._extra(source, target)
+        return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+
+    def split(self, x: jax.Array, source: str, target: str, dim: int) -> jax.Array:
+        """This device's piece of a `dim` that every device holds whole: the inverse of `gather`, without traffic."""
+        axes = self._extra(target, source)
+        if not axes:
+            return x
+        length = x.shape[dim] // math.prod(self.sizes[a] for a in axes)
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * length, length, dim)
+
+    def reduce(self, x: jax.Array, contracted: str, source: str, target: str, dim: int) -> jax.Array:
+        """Sums the partial results of a matmul over a sharded `contracted` axis, splitting `dim` on the way.
+
+        Megatron's reduce-scatter with sequence parallelism, its all-reduce without.
+
+        Raises:
+            ValueError: The rules split the sequence over other axes than the contraction.
+        """
+        summed, split = self.axes(contracted), self._extra(target, source)
+        if not summed:
+            return self.split(x, source, target, dim)
+        if not split:
+            return lax.psum(x, summed)
+        if split != summed:
+            raise ValueError(f"{contracted!r} is sharded over {summed}, but {target!r} adds {split} to {source!r}")
+        return lax.psum_scatter(x, summed, scatter_dimension=dim, tiled=True)
+
+    def sum(self, x: jax.Array, name: str) -> jax.Array:
+        """Sum over the shards of a logical axis."""
+        return lax.psum(x, self.axes(name)) if self.axes(name) else x
+
+    def max(self, x: jax.Array, name: str) -> jax.Array:
+        """Maximum over the shards of a logical axis; without gradient (JAX has no rule for it)."""
+        x = lax.stop_gradient(x)
+        return lax.pmax(x, self.axes(name)) if self.axes(name) else x
+
+    def share(self, x: jax.Array) -> jax.Array:
+        """This device's share of a value: one that several devices hold is divided among them."""
+        copies = tuple(a for a in self.live if a not in varying_axes(x))
+        return cast_varying(x, copies) / math.prod(self.sizes[a] for a in copies)
+
+    def sum_shares(self, x: jax.Array) -> jax.Array:
+        """The whole of what `share` divided: a sum over all devices."""
+        return lax.psum(x, self.live) if self.live else x
+
+    def average_copies(self, x: jax.Array, *names: str) -> jax.Array:
+        """Makes a value that is equal on all devices but for the shards of the named axes known to be so."""
+        wanted = {a for name in names for a in self.axes(name)}
+        copies = tuple(a for a in varying_axes(x) if a not in wanted)
+        return lax.pmean(x, copies) if copies else x
+
+    def join_copies(self, x: jax.Array, name: str, dim: int) -> jax.Array:
+        """Joins the shards of a logical axis into an array known to be whole and equal on the devices it is split over."""
+        axes = self.axes(name)
+        if axes:
+            whole = [x.shape[d] * (self.size(name) if d == dim else 1) for d in range(x.ndim)]
+            here = lax.dynamic_update_slice_in_dim(jnp.zeros(whole, x.dtype), x, self.index(name) * x.shape[dim], dim)
+            x = lax.psum(cast_varying(here, axes), axes)
+        return self.average_copies(x, "batch", "seq")
+
+    def gather_weight(self, w: jax.Array, axes: tuple[str, ...], dim: int | None) -> jax.Array:
+        """The pieces of a weight that ZeRO split, joined. Its transpose is the reduce-scatter of the gradient."""
+        return lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
+
+    def reduce_gradient(self, g: jax.Array, placement: Placement, split_dim: int | None) -> jax.Array:
+        """Sums a gradient over every live axis that the parameter is not sharded by; what ZeRO splits is scattered.
+
+        Args:
+            g: Gradient of the weight that layers are given: split by `placement.layer_axes`, not by `step_axes`.
+            split_dim: `placement.split_dim`, less one where `g` is of a single layer.
+        """
+        sharded = {a for part in placement.storage for a in ((part,) if isinstance(part, str) else part or ())}
+        if placement.step_axes:
+            g = lax.psum_scatter(self.varying(g), placement.step_axes, scatter_dimension=split_dim, tiled=True)
+        summed = tuple(a for a in self.live if a not in sharded)
+        return lax.psum(cast_varying(g, summed), summed) if summed else g
+
+
+def zeros_like_varying(tree: Any, dtype: Any = None) -> Any:
+    """Zeros with the shapes and the varying axes of a tree: initial values of accumulators."""
+    return jax.tree.map(lambda x: cast_varying(jnp.zeros(x.shape, dtype or x.dtype), varying_axes(x)), tree)

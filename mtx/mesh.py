@@ -1,0 +1,65 @@
+"""The process and its devices: how JAX is started, and how devices become a named mesh.
+
+Invariant: everything after this file takes its mesh as an argument and never asks for the devices of the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mtx.config import schema
+from mtx.config.axes import MESH_AXES
+from mtx.errors import UserError
+
+ENVIRONMENT = ("MTX_COORDINATOR", "MTX_NUM_PROCESSES", "MTX_PROCESS_ID")
+"""Set together by the launcher: HOST:PORT of process 0, number of processes, index of this one."""
+
+
+def start_process() -> None:
+    """Configures JAX for this process; joins the other processes of the run where the launcher says there are some.
+
+    Nothing is guessed from a scheduler's environment: the launcher passes what it knows, explicitly.
+
+    Raises:
+        UserError: Only some of the launcher's variables are set.
+    """
+    cache = os.environ.get("MTX_COMPILATION_CACHE", str(Path.home() / ".cache" / "mtx" / "xla"))
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    values = [os.environ.get(name) for name in ENVIRONMENT]
+    if not any(values):
+        return
+    if not all(values):
+        raise UserError(f"{', '.join(ENVIRONMENT)} are set together or not at all; got {values}")
+    address, count, index = values
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of effect on CPU devices only
+    jax.distributed.initialize(
+        coordinator_address=address,
+        num_processes=int(count or 0),
+        process_id=int(index or 0),
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=60,
+    )
+
+
+def make_mesh(counts: schema.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (pipe, data, fsdp, expert, context, tensor) over all given devices.
+
+    Devices are taken in the order of their process and local index, so that the innermost axis, `tensor`, stays
+    within a host wherever it can.
+
+    Args:
+        counts: Positive device counts, whose product is the number of devices (`mtx.config.checks.resolve_mesh`).
+        devices: Those of all processes by default.
+    """
+    devices = jax.devices() if devices is None else devices
+    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+    shape = tuple(getattr(counts, axis) for axis in MESH_AXES)
+    return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

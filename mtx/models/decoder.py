@@ -1,0 +1,130 @@
+"""The decoder family: GPT-2, GPT-3, Megatron and Llama, by config.
+
+    x = embed(tokens) + positions
+    for each layer:  x = x + attention(norm(x));  x = x + feedforward(norm(x))
+    logits = norm(x) @ head^T
+
+Architecture only: no mesh axis, no collective, no recompute policy is decided here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mtx.config import schema
+from mtx.nn.attention import Attention, Cache
+from mtx.nn.context import Context, Dropout, Sequence, Tap, drop
+from mtx.nn.embedding import Embedding, LearnedPositions
+from mtx.nn.feedforward import FeedForward
+from mtx.nn.loss import cross_entropy
+from mtx.nn.norm import Norm
+from mtx.nn.param import Module, Rngs, param, stack
+from mtx.nn.position import rotary_table
+
+RotaryTable = tuple[jax.Array, jax.Array]
+
+
+class Layer(Module):
+    """Two residual branches."""
+
+    def __init__(self, rngs: Rngs, config: schema.Model):
+        self.attention_norm = Norm(rngs, config)
+        self.attention = Attention(rngs, config)
+        self.feedforward_norm = Norm(rngs, config)
+        self.feedforward = FeedForward(rngs, config)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        sequence: Sequence,
+        table: RotaryTable | None,
+        context: Context,
+        dropout: Dropout | None,
+        tap: Tap,
+        cache: Cache | None = None,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D] sharded as `seq_sp` -> the same, and the cache with this layer's keys and values."""
+        y_BTD = self.attention_norm(x_BTD, context.dtype)
+        y_BTD, cache = self.attention(y_BTD, sequence, table, context, tap, cache, start)
+        x_BTD = tap("after_attention", x_BTD + drop(dropout, 0, y_BTD, context.comm))
+        y_BTD = self.feedforward(self.feedforward_norm(x_BTD, context.dtype), context, tap)
+        return x_BTD + drop(dropout, 1, y_BTD, context.comm), cache
+
+
+class Head(Module):
+    """The untied output matrix, a row per token of the vocabulary."""
+
+    def __init__(self, rngs: Rngs, config: schema.Model):
+        shape, axes = (config.vocab_size, config.d_model), ("vocab", "embed")
+        self.table = param(rngs, jax.nn.initializers.normal(config.init_std), shape, axes)
+
+
+class Decoder(Module):
+    """Embedding, a stack of layers, and the head."""
+
+    def __init__(self, rngs: Rngs, config: schema.Model):
+        self.config = config
+        self.embedding = Embedding(rngs, config.vocab_size, config.d_model, config.init_std)
+        learned = config.position == "learned"
+        self.positions = (
+            LearnedPositions(rngs, config.max_seq_len, config.d_model, config.init_std) if learned else None
+        )
+        self.layers = stack(lambda layer_rngs: Layer(layer_rngs, config), rngs, config.num_layers)
+        self.final_norm = Norm(rngs, config)
+        self.head = None if config.tie_embeddings else Head(rngs, config)
+
+    def embed(
+        self, tokens_BT: jax.Array, sequence: Sequence, context: Context, dropout: Dropout | None = None
+    ) -> jax.Array:
+        """int32 [B, T] sharded as `seq` -> [B, T, D] sharded as `seq_sp`."""
+        x_BTD = self.embedding(tokens_BT, context)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(sequence, context)
+        return drop(dropout, 0, x_BTD, context.comm)
+
+    def rotary_table(self, sequence: Sequence, context: Context) -> RotaryTable | None:
+        """What all layers share about the tokens' places; computed once."""
+        return rotary_table(self.config, sequence.places(context.comm)) if self.config.position == "rotary" else None
+
+    def _finish(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        head_VD = (self.embedding if self.head is None else self.head).table[...].astype(context.dtype)
+        return self.final_norm(x_BTD, context.dtype), head_VD
+
+    def loss(
+        self,
+        x_BTD: jax.Array,
+        targets_BT: jax.Array,
+        weights_BT: jax.Array,
+        context: Context,
+        chunk_tokens: int | None = None,
+    ) -> jax.Array:
+        """This device's part of the weighted sum of cross entropies (nats); equal on devices that share its tokens.
+
+        Args:
+            x_BTD: Output of the last layer, sharded as `seq_sp`.
+            targets_BT: int32, sharded as `seq`.
+            weights_BT: float32, sharded as `seq`.
+            chunk_tokens: Tokens whose logits are in memory at a time.
+        """
+        comm = context.comm
+        x_BTD, head_VD = self._finish(x_BTD, context)
+        if comm.axes("vocab"):
+            tokens_axis, x_BTD = "seq", comm.gather(x_BTD, "seq_sp", "seq", 1)
+        else:
+            tokens_axis = "seq_sp"
+            targets_BT, weights_BT = (comm.split(a, "seq", "seq_sp", 1) for a in (targets_BT, weights_BT))
+        loss = cross_entropy(comm, x_BTD, head_VD, targets_BT, weights_BT, chunk_tokens)
+        return comm.average_copies(loss, "batch", tokens_axis)
+
+    def logits(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """float32 [B, T, V], whole on every device, of the output of the last layer sharded as `seq_sp`."""
+        comm = context.comm
+        x_BTD, head_VD = self._finish(x_BTD, context)
+        x_BTD = comm.gather(x_BTD, "seq_sp", "seq", 1)
+        logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
+        return comm.join_copies(logits_BTV, "vocab", 2)
+
+
+Model = Decoder

@@ -1,0 +1,179 @@
+"""Causal self-attention with grouped key/value heads (arXiv 2305.13245).
+
+Decides how scores, masks and kernels go together; the masks of packed documents are never dropped: a kernel that
+cannot take them is not used. Softmax and its sums are in float32, since bfloat16 has too few digits for them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtx.config.schema import Model
+from mtx.errors import UserError
+from mtx.nn.context import Context, Sequence, Tap
+from mtx.nn.linear import Linear
+from mtx.nn.param import Module, Rngs
+from mtx.nn.position import alibi_slopes, rotate
+
+QUERY_BLOCK = 512
+"""Queries whose scores are in memory at a time; each block sees only the keys up to its end, half of all on average."""
+
+Cache = tuple[jax.Array, jax.Array]
+"""Keys and values of earlier tokens, [B, S, K, H] each; S is the longest sequence that fits."""
+
+
+def _attend_block(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    start: jax.Array | int,
+    q_segments_BT: jax.Array | None,
+    k_segments_BS: jax.Array | None,
+    slopes_N: jax.Array | None,
+) -> jax.Array:
+    batch, length, num_heads, width = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, num_heads // kv_heads, width)
+    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * width**-0.5
+    distance_TS = start + jnp.arange(length)[:, None] - jnp.arange(k_BSKH.shape[1])
+    if slopes_N is not None:
+        scores_BKGTS -= slopes_N.reshape(kv_heads, -1, 1, 1) * distance_TS
+    visible = distance_TS >= 0
+    if q_segments_BT is not None and k_segments_BS is not None:
+        visible = visible & (q_segments_BT[:, None, None, :, None] == k_segments_BS[:, None, None, None, :])
+    # A finite floor: a row of padding that sees nothing yields an average, not NaN.
+    weights_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, -1e30), axis=-1).astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
+    return out_BTKGH.reshape(q_BTNH.shape)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    slopes_N: jax.Array | None = None,
+    start: jax.Array | int | None = None,
+) -> jax.Array:
+    """Causal attention in plain XLA: [B, T, N, H] queries on [B, S, K, H] keys and values -> [B, T, N, H].
+
+    Args:
+        segments_BT: int32 documents of a packed row; queries see keys of their own document only.
+        slopes_N: float32 ALiBi slope of each head.
+        start: Place of the first query among the keys, for decoding; None: queries and keys are the same tokens.
+    """
+    if start is not None:
+        return _attend_block(q_BTNH, k_BSKH, v_BSKH, start, None, None, slopes_N)
+    outputs = []
+    for begin in range(0, q_BTNH.shape[1], QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, q_BTNH.shape[1])
+        segments = (None, None) if segments_BT is None else (segments_BT[:, begin:end], segments_BT[:, :end])
+        outputs.append(
+            _attend_block(q_BTNH[:, begin:end], k_BSKH[:, :end], v_BSKH[:, :end], begin, *segments, slopes_N)
+        )
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def choose_kernel(context: Context, head_dim: int, *, packed: bool, alibi: bool) -> str:
+    """`cudnn` or `xla`.
+
+    Raises:
+        UserError: cuDNN is asked for and cannot compute this attention.
+    """
+    reasons = {
+        f"the device is a {context.platform}": context.platform != "gpu",
+        f"head_dim {head_dim} is not a multiple of 8 up to 128": head_dim % 8 != 0 or head_dim > 128,
+        "Precision.compute is float32": context.dtype == jnp.float32,
+        "documents are packed (Data.packing)": packed,
+        "positions are alibi": alibi,
+    }
+    obstacles = [reason for reason, holds in reasons.items() if holds]
+    if context.attention == "cudnn" and obstacles:
+        raise UserError(f"Train.attention = 'cudnn' cannot be: {'; '.join(obstacles)}; set 'auto' or 'xla'")
+    return "xla" if obstacles or context.attention == "xla" else "cudnn"
+
+
+class Attention(Module):
+    """Query, key, value and output projections around `attend`."""
+
+    def __init__(self, rngs: Rngs, config: Model):
+        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
+        self.rotary, self.alibi = config.position == "rotary", config.position == "alibi"
+        query_width, kv_width = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+
+        def project(width: int, axis: str) -> Linear:
+            shape, axes = (config.d_model, width), ("embed", axis)
+            return Linear(rngs, shape, axes, std=config.init_std, use_bias=config.use_bias)
+
+        self.query = project(query_width, "heads")
+        self.key = project(kv_width, "kv_heads")
+        self.value = project(kv_width, "kv_heads")
+        residual_std = config.init_std / (2 * config.num_layers) ** 0.5
+        self.output = Linear(
+            rngs, (query_width, config.d_model), ("heads", "embed"), std=residual_std, use_bias=config.use_bias
+        )
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        sequence: Sequence,
+        table: tuple[jax.Array, jax.Array] | None,
+        context: Context,
+        tap: Tap,
+        cache: Cache | None = None,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D] sharded as `seq_sp` -> the same, and the cache with this call's keys and values in it.
+
+        Args:
+            table: Rotary cos and sin of the tokens.
+            cache: Keys and values of earlier tokens when decoding.
+            start: int32, number of tokens in the cache.
+        """
+        comm = context.comm
+        x_BTD = comm.gather(x_BTD, "seq_sp", "seq", 1)
+
+        def heads(projection: Linear) -> jax.Array:
+            y = projection(x_BTD, context.dtype)
+            return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+        q_BTNH, k_BTKH, v_BTKH = heads(self.query), heads(self.key), heads(self.value)
+        if self.rotary:
+            assert table is not None
+            q_BTNH, k_BTKH = rotate(q_BTNH, table), rotate(k_BTKH, table)
+        q_BTNH, k_BTKH, v_BTKH = tap("query", q_BTNH), tap("key", k_BTKH), tap("value", v_BTKH)
+        if cache is not None:
+            k_BTKH, v_BTKH = (
+                lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
+                for old, new in zip(cache, (k_BTKH, v_BTKH))
+            )
+            cache = (k_BTKH, v_BTKH)
+        out_BTNH = self._core(q_BTNH, k_BTKH, v_BTKH, sequence, context, start)
+        partial_BTD = self.output.multiply(out_BTNH.reshape(*out_BTNH.shape[:2], -1), context.dtype)
+        return self.output.add_bias(comm.reduce(partial_BTD, "heads", "seq", "seq_sp", 1)), cache
+
+    def _core(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        sequence: Sequence,
+        context: Context,
+        start: jax.Array | None,
+    ) -> jax.Array:
+        comm, local_heads = context.comm, q_BTNH.shape[2]
+        first_head = comm.index("heads") * local_heads
+        if comm.axes("heads") and not comm.axes("kv_heads"):  # every shard has all key/value heads and needs a few
+            group = self.num_heads // self.kv_heads
+            needed = max(1, local_heads // group)
+            k_BSKH, v_BSKH = (lax.dynamic_slice_in_dim(a, first_head // group, needed, 2) for a in (k_BSKH, v_BSKH))
+        packed = sequence.segments_BT is not None
+        if start is None and choose_kernel(context, self.head_dim, packed=packed, alibi=self.alibi) == "cudnn":
+            return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+        slopes_N = None
+        if self.alibi:
+            slopes_N = lax.dynamic_slice_in_dim(jnp.array(alibi_slopes(self.num_heads)), first_head, local_heads, 0)
+        return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT=sequence.segments_BT, slopes_N=slopes_N, start=start)

@@ -1,0 +1,55 @@
+"""The MLP of a transformer layer, plain or gated (arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from mtx.config.schema import Model
+from mtx.nn.context import Context, Tap
+from mtx.nn.linear import Linear
+from mtx.nn.param import Module, Rngs
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _gelu,
+    "gelu_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+}
+
+
+class FeedForward(Module):
+    """x -> act(x W_up) W_down, or (act(x W_gate) * x W_up) W_down where the activation is gated."""
+
+    def __init__(self, rngs: Rngs, config: Model):
+        wide, narrow = (config.d_model, config.ff_width), (config.ff_width, config.d_model)
+        std = config.init_std
+        self.activation = config.activation
+        self.gate = (
+            Linear(rngs, wide, ("embed", "mlp"), std=std, use_bias=config.use_bias) if config.gated else None
+        )
+        self.up = Linear(rngs, wide, ("embed", "mlp"), std=std, use_bias=config.use_bias)
+        # Residual branches start smaller, so that the stream's variance does not grow with depth (GPT-2).
+        residual_std = std / (2 * config.num_layers) ** 0.5
+        self.down = Linear(rngs, narrow, ("mlp", "embed"), std=residual_std, use_bias=config.use_bias)
+
+    def __call__(self, x_BTD: jax.Array, context: Context, tap: Tap) -> jax.Array:
+        """[B, T, D] sharded as `seq_sp` -> the same."""
+        comm, act = context.comm, ACTIVATIONS[self.activation]
+        x_BTD = comm.gather(x_BTD, "seq_sp", "seq", 1)
+        hidden_BTF = tap("mlp_hidden", self.up(x_BTD, context.dtype))
+        if self.gate is None:
+            hidden_BTF = act(hidden_BTF)
+        else:
+            hidden_BTF = act(tap("mlp_gate", self.gate(x_BTD, context.dtype))) * hidden_BTF
+        partial_BTD = self.down.multiply(hidden_BTF, context.dtype)
+        return self.down.add_bias(comm.reduce(partial_BTD, "mlp", "seq", "seq_sp", 1))
+

@@ -1,0 +1,165 @@
+"""From logical axes to mesh axes, and from there to the sharding of every array of the run.
+
+Decides where each dimension of each parameter lives: as layers compute with it, as it is stored, and as the optimizer
+sees it. Knows nothing of models: it is given shapes and logical axes.
+
+Invariant: a mesh axis shards at most one dim of an array, and only axes with more than one device are ever named
+(an axis of size 1 in a spec makes a value "varying" over it, for which no collective would then be emitted).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtx.config import schema
+from mtx.config.axes import LOGICAL_AXES, MESH_AXES
+from mtx.errors import UserError
+
+Rules = dict[str, tuple[str, ...]]
+"""Logical axis -> live mesh axes; empty where nothing shards it."""
+
+ZERO_AXES = ("fsdp", "data")
+"""Axes that split parameters only to save memory, in the order in which they divide a dim: `data`, gathered first, is
+the minor one, so that each gather joins neighbouring pieces."""
+
+_MEGATRON: dict[str, tuple[str, ...]] = {
+    "layers": ("pipe",),
+    "vocab": ("tensor",),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "batch": ("data", "fsdp", "expert"),
+    "seq": ("context",),
+    "seq_sp": ("context", "tensor"),
+    "positions": (),
+}
+
+
+def axis_sizes(mesh: Mesh) -> dict[str, int]:
+    """Devices along each mesh axis."""
+    return dict(zip(mesh.axis_names, mesh.devices.shape))
+
+
+def make_rules(run: schema.Run, mesh: Mesh, *, sequence_parallel: bool | None = None) -> Rules:
+    """The rules of a run on a mesh: the Megatron preset, adapted to the model's counts, then the overrides.
+
+    Args:
+        sequence_parallel: Instead of the config's choice (decoding has sequences of one token, which nothing splits).
+
+    Raises:
+        UserError: An override names an axis that does not exist.
+    """
+    sizes = axis_sizes(mesh)
+    table = dict(_MEGATRON)
+    if not (run.rules.sequence_parallel if sequence_parallel is None else sequence_parallel):
+        table["seq_sp"] = table["seq"]
+    tensor = sizes["tensor"]
+    if run.model.vocab_size % tensor:
+        table["vocab"] = ()  # whole rows on each shard; tokens are split instead (nn.embedding, nn.loss)
+    if run.model.kv_heads % tensor:
+        table["kv_heads"] = ()  # fewer key/value heads than shards: each shard computes the one that it needs
+    for name, axes in run.rules.overrides.items():
+        chosen = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        if name not in LOGICAL_AXES or not set(chosen) <= set(MESH_AXES):
+            raise UserError(
+                f"Rules.overrides: {name!r}: {axes!r}; logical axes are {', '.join(LOGICAL_AXES)}, "
+                f"mesh axes are {', '.join(MESH_AXES)}"
+            )
+        table[name] = chosen
+    return {name: tuple(a for a in axes if sizes[a] > 1) for name, axes in table.items()}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a parameter lives.
+
+    Attributes:
+        compute: Spec of the weight that a layer multiplies with.
+        storage: Spec of the weight in the training state.
+        optimizer: Spec of its moments, and of the update.
+        split_dim: The dim that `layer_axes` and `step_axes` split, or None. Counts the leading `layers` dim.
+        layer_axes: Mesh axes gathered anew at each use of the weight (ZeRO-3).
+        step_axes: Mesh axes gathered once at the start of a step (ZeRO-2).
+    """
+
+    compute: P
+    storage: P
+    optimizer: P
+    split_dim: int | None
+    layer_axes: tuple[str, ...]
+    step_axes: tuple[str, ...]
+
+
+def _spec(parts: list[tuple[str, ...]]) -> P:
+    return P(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in parts))
+
+
+def place(shape: tuple[int, ...], axes: tuple[str, ...], rules: Rules, sizes: dict[str, int], zero: int) -> Placement:
+    """Places one parameter.
+
+    Raises:
+        UserError: Two dims of the parameter would be sharded by the same mesh axis, or a dim does not divide.
+    """
+    parts = [rules[name] for name in axes]
+    used: dict[str, str] = {}
+    for size, name, mesh_axes in zip(shape, axes, parts):
+        for axis in mesh_axes:
+            if axis in used:
+                raise UserError(f"rules shard both {used[axis]!r} and {name!r} of a parameter over {axis!r}: {axes}")
+            used[axis] = name
+        if size % math.prod(sizes[a] for a in mesh_axes):
+            raise UserError(f"a parameter's {name!r} dim of {size} does not divide over {mesh_axes} of {sizes}")
+    wanted = tuple(a for a in ZERO_AXES if sizes[a] > 1 and (a == "fsdp" or zero > 0))
+    split_dim, split = None, ()
+    matrix_dims = [d for d, name in enumerate(axes) if name != "layers"]
+    if len(matrix_dims) > 1:  # gains and biases are too small to be worth a gather
+        for candidate in (wanted, *((a,) for a in wanted)):
+            over = math.prod(sizes[a] for a in candidate)
+            fits = [d for d in matrix_dims if shape[d] // math.prod(sizes[a] for a in parts[d]) % over == 0]
+            if candidate and fits:
+                split_dim, split = fits[0], candidate
+                break
+
+    def with_split(added: tuple[str, ...]) -> P:
+        return _spec([p + added if d == split_dim else p for d, p in enumerate(parts)])
+
+    layer_axes = tuple(a for a in split if a == "fsdp")
+    step_axes = tuple(a for a in split if a == "data" and zero == 2)
+    return Placement(
+        compute=_spec(parts),
+        storage=with_split(layer_axes + step_axes),
+        optimizer=with_split(split),
+        split_dim=split_dim if layer_axes + step_axes else None,
+        layer_axes=layer_axes,
+        step_axes=step_axes,
+    )
+
+
+def place_params(params: Any, axes: Any, rules: Rules, mesh: Mesh, zero: int) -> Any:
+    """A `Placement` for each leaf of a nested dict of shapes.
+
+    Args:
+        params: Nested dict of arrays or `jax.ShapeDtypeStruct`.
+        axes: The same nested dict, with a tuple of logical axes per leaf.
+    """
+    sizes = axis_sizes(mesh)
+    return jax.tree.map(lambda leaf, names: place(leaf.shape, names, rules, sizes, zero), params, axes)
+
+
+def shardings(placements: Any, mesh: Mesh, which: str) -> Any:
+    """The `NamedSharding` of each leaf; `which` is a spec of `Placement`: compute, storage or optimizer."""
+    return jax.tree.map(lambda p: NamedSharding(mesh, getattr(p, which)), placements)
+
+
+def batch_spec(rules: Rules, ndim: int) -> P:
+    """Spec of a batch array: [batch] or [batch, sequence, ...]."""
+    return _spec([rules["batch"], rules["seq"], *([()] * ndim)][:ndim])

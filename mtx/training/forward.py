@@ -1,0 +1,130 @@
+"""A model's forward pass inside `shard_map`: from stored weights to the loss of a microbatch.
+
+    prepared = prepare(stored weights)         once a step: cast to the compute dtype, gather what ZeRO-2 split
+    loss     = microbatch_loss(prepared, ...)  once a microbatch; ZeRO-3 gathers each layer's weights where it is used
+
+Layers run in line, or in a `lax.scan` over their stacked weights; checkpoints know the stacked form only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtx.nn.context import Dropout, Sequence
+from mtx.nn.param import Params
+from mtx.sharding import Placement
+from mtx.training.remat import rematerialize, tap_for
+from mtx.training.state import Setup
+
+Inputs = dict[str, jax.Array]
+"""`tokens`, `targets`, `weights` [B, T], and where they apply `segments`, `positions` [B, T], `rows` [B]."""
+
+
+def _without_layers(tree: Any) -> Any:
+    return {name: value for name, value in tree.items() if name != "layers"}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward pass of a run. All methods but the constructor run inside `shard_map`."""
+
+    setup: Setup
+
+    @property
+    def _scanned(self) -> bool:
+        return self.setup.run.train.scan_layers
+
+    def prepare(self, params: Params) -> Any:
+        """Weights as microbatches use them: matrices in the compute dtype, gathered over `step_axes`.
+
+        Gradients are taken by the result. Its `layers` are a list of dicts, or stacked where they are scanned.
+        """
+        comm, dtype = self.setup.context.comm, self.setup.context.dtype
+
+        def one(w: jax.Array, placement: Placement, *, sliced: bool) -> jax.Array:
+            if w.ndim > 1:  # gains and biases stay as they are stored: they enter sums in float32
+                w = w.astype(dtype)
+            dim = placement.split_dim - 1 if sliced and placement.split_dim is not None else placement.split_dim
+            return comm.gather_weight(w, placement.step_axes, dim)
+
+        params, placements = comm.varying(params), self.setup.placements
+        if self._scanned:
+            return jax.tree.map(
+                lambda w, p: one(w, p, sliced=False) if w.ndim > 2 or p.step_axes else w.astype(w.dtype),
+                params,
+                placements,
+            )
+        prepared = jax.tree.map(
+            lambda w, p: one(w, p, sliced=False), _without_layers(params), _without_layers(placements)
+        )
+        prepared["layers"] = [
+            jax.tree.map(lambda w, p, i=i: one(w[i], p, sliced=True), params["layers"], placements["layers"])
+            for i in range(self.setup.run.model.num_layers)
+        ]
+        return prepared
+
+    def _gathered(self, weights: Params, placements: Any, *, sliced: bool) -> Params:
+        """Weights whole but for tensor parallelism: what ZeRO-3 split is joined."""
+        comm = self.setup.context.comm
+
+        def one(w: jax.Array, placement: Placement) -> jax.Array:
+            dim = placement.split_dim
+            return comm.gather_weight(w, placement.layer_axes, dim - 1 if sliced and dim is not None else dim)
+
+        return jax.tree.map(one, weights, placements)
+
+    def bind(self, prepared: Any) -> Any:
+        """The model without its layers."""
+        weights = self._gathered(_without_layers(prepared), _without_layers(self.setup.placements), sliced=False)
+        return self.setup.definition.whole.bind(weights)
+
+    def hidden(self, model: Any, prepared: Any, inputs: Inputs, dropout: Dropout | None) -> jax.Array:
+        """Output of the last layer: [B, T, D] sharded as `seq_sp`."""
+        setup, context = self.setup, self.setup.context
+        tokens_BT = inputs["tokens"]
+        sequence = Sequence(inputs.get("positions"), inputs.get("segments"), tokens_BT.shape[1])
+        table = model.rotary_table(sequence, context)
+        recompute = setup.run.train.recompute
+        tap = tap_for(recompute)
+
+        def apply_layer(weights: Params, x_BTD: jax.Array, index: jax.Array | int, shared: Any) -> jax.Array:
+            sequence, table, dropout = shared
+            weights = self._gathered(weights, setup.placements["layers"], sliced=True)
+            site = None if dropout is None else dropout.at(index)
+            return setup.definition.layer.bind(weights)(x_BTD, sequence, table, context, site, tap)[0]
+
+        apply_layer = rematerialize(apply_layer, recompute, tuple(a for a in ("fsdp",) if a in context.comm.live))
+        # Sites of the layers start at 1: site 0 is the embedding's.
+        x_BTD = model.embed(tokens_BT, sequence, context, None if dropout is None else dropout.at(0))
+        shared = (sequence, table, dropout)
+        num_layers = setup.run.model.num_layers
+        if not self._scanned:
+            for index, weights in enumerate(prepared["layers"]):
+                x_BTD = apply_layer(weights, x_BTD, index + 1, shared)
+            return x_BTD
+
+        def visit(x_BTD: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+            weights, index = layer
+            return context.comm.varying(apply_layer(weights, x_BTD, index, shared)), None
+
+        layers = (prepared["layers"], jnp.arange(1, num_layers + 1))
+        return lax.scan(visit, context.comm.varying(x_BTD), layers)[0]
+
+    def microbatch_loss(self, prepared: Any, inputs: Inputs, key: jax.Array | None) -> jax.Array:
+        """This device's part of the weighted loss sum of a microbatch, float32 nats.
+
+        Args:
+            inputs: Local rows of the microbatch.
+            key: Of the step's dropout; None: no dropout.
+        """
+        model = self.bind(prepared)
+        rate = self.setup.run.train.dropout
+        dropout = Dropout(key, inputs["rows"], rate) if key is not None and rate > 0 else None
+        x_BTD = self.hidden(model, prepared, inputs, dropout)
+        chunk = self.setup.run.train.loss_chunk_tokens
+        return model.loss(x_BTD, inputs["targets"], inputs["weights"], self.setup.context, chunk)

@@ -1,0 +1,49 @@
+"""What the backward pass computes again: `Train.recompute` as a transformation of one layer.
+
+`none` keeps every intermediate value, `selective` the inputs of the expensive-to-repeat parts (what `tap` names) and
+recomputes attention, norms and activations, `full` keeps the input of the layer only. Weights gathered for ZeRO-3 are
+gathered again under every policy: keeping them would hold the whole model on each device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from mtx.nn.context import Tap, no_tap
+
+SELECTIVE = ("query", "key", "value", "after_attention", "mlp_hidden", "mlp_gate")
+"""Values kept by `selective`: 9 to 11 times B x T x D per layer."""
+
+
+def tap_for(recompute: str) -> Tap:
+    """What layers are given to name the values that a policy may keep."""
+    return (lambda name, value: checkpoint_name(value, name)) if recompute == "selective" else no_tap
+
+
+def rematerialize(layer: Callable[..., Any], recompute: str, regathered: tuple[str, ...]) -> Callable[..., Any]:
+    """Applies the policy to a layer function.
+
+    Args:
+        layer: Pure function of arrays.
+        recompute: `none`, `selective` or `full`.
+        regathered: Mesh axes whose gathers must not be kept: those of ZeRO-3.
+    """
+    policies = jax.checkpoint_policies
+    if recompute == "full":
+        policy = policies.nothing_saveable
+    elif recompute == "selective":
+        policy = policies.save_only_these_names(*SELECTIVE)
+    elif regathered:
+
+        def policy(primitive: Any, *_: Any, **params: Any) -> bool:
+            axes = params.get("axis_name", ()) if primitive.name.startswith("all_gather") else ()
+            return not set(axes if isinstance(axes, tuple) else (axes,)) & set(regathered)
+    else:
+        return layer
+    # prevent_cse=False: the backward pass of a layer runs long after its forward pass, so XLA merges the two anyway
+    # only where that is harmless; with the barriers of prevent_cse=True the fusions around a layer would be lost.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

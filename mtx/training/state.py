@@ -1,0 +1,127 @@
+"""The training state: its shapes, its shardings and its first values, all from one declaration per parameter.
+
+Invariant: every leaf of the state has one `NamedSharding`, derived here, which jit, the optimizer and checkpoints use
+alike. (`jit(optimizer.init)` without them would replicate the moments on every device, without an error.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtx.collectives import Comm
+from mtx.config import schema
+from mtx.models import ModelDefinition, define_model
+from mtx.nn.context import Context
+from mtx.nn.param import Params
+from mtx.sharding import Rules, axis_sizes, make_rules, place_params, shardings
+
+State = dict[str, Any]
+"""`params` (nested dict), `optimizer` (optax state) and `step` (int32 scalar: updates done)."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a run's config and mesh decide about its program. Holds no arrays."""
+
+    run: schema.Run
+    mesh: Mesh
+
+    @cached_property
+    def definition(self) -> ModelDefinition:
+        """The model without its arrays."""
+        return define_model(self.run.model)
+
+    @cached_property
+    def rules(self) -> Rules:
+        """Logical axis -> live mesh axes."""
+        return make_rules(self.run, self.mesh)
+
+    @cached_property
+    def placements(self) -> Any:
+        """A `Placement` per parameter."""
+        whole = self.definition.whole
+        return place_params(whole.params, whole.axes, self.rules, self.mesh, self.run.rules.zero)
+
+    @cached_property
+    def context(self) -> Context:
+        """What layers are told about the layout."""
+        return Context(
+            comm=Comm(rules=self.rules, sizes=axis_sizes(self.mesh)),
+            dtype=jnp.dtype(self.run.precision.compute),
+            attention=self.run.train.attention,
+            platform=self.mesh.devices.flat[0].platform,
+        )
+
+    @cached_property
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer: from gradients to the direction that the step walks against."""
+        optimizer: Any = self.run.train.optimizer
+        return optimizer.transformation(self.definition.whole.params, self.definition.whole.axes)
+
+    @property
+    def batch_shards(self) -> int:
+        """Over how many devices the sequences of a batch are split."""
+        return self.context.comm.size("batch")
+
+    @cached_property
+    def _abstract_params(self) -> Params:
+        dtype = jnp.dtype(self.run.precision.params)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
+            self.definition.whole.params,
+            shardings(self.placements, self.mesh, "storage"),
+        )
+
+    @cached_property
+    def abstract_state(self) -> State:
+        """The state as `jax.ShapeDtypeStruct` with shardings: the target of init, of restoring and of the step."""
+        replicated = NamedSharding(self.mesh, P())
+        moments = jax.eval_shape(self.transformation.init, self._abstract_params)
+
+        def of_parameter(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
+            # Factored moments have other dims than their parameter; they are small, so every device holds them.
+            fits = leaf.shape == param.shape
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if fits else replicated)
+
+        optimizer = optax.tree.map_params(
+            self.transformation,
+            of_parameter,
+            moments,
+            self._abstract_params,
+            shardings(self.placements, self.mesh, "optimizer"),
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        return {"params": self._abstract_params, "optimizer": optimizer, "step": step}
+
+    @cached_property
+    def state_shardings(self) -> Any:
+        """The sharding of each leaf of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def initialize(self, params: Params | None = None) -> State:
+        """The state before the first update, drawn on the devices where it lives. Depends on `Train.seed` alone.
+
+        Args:
+            params: Weights to start from (imported ones) instead of drawn ones: arrays with the state's shardings.
+        """
+
+        def draw(key: jax.Array) -> Params:
+            drawn = self.definition.initialize(key)
+            return jax.tree.map(lambda leaf, target: leaf.astype(target.dtype), drawn, self._abstract_params)
+
+        shards = self.state_shardings
+        if params is None:
+            key = jax.random.key(self.run.train.seed)
+            params = jax.jit(draw, out_shardings=shards["params"])(key)
+        optimizer = jax.jit(self.transformation.init, out_shardings=shards["optimizer"])(params)
+        step = jax.jit(lambda: jnp.int32(0), out_shardings=shards["step"])()
+        return {"params": params, "optimizer": optimizer, "step": step}
