@@ -1,0 +1,77 @@
+"""Arguments that several commands share, and what they do to the process. No command itself.
+
+Invariant: what must be set before JAX starts is set here, before any command imports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtx.config.reader import Config
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, devices: bool = True, reports: bool = True) -> None:
+    """Args: devices: Whether the command computes. reports: Whether it answers with a JSON object on request."""
+    if devices:
+        text = "compute on N simulated CPU devices in this process"
+        parser.add_argument("--cpu-devices", type=positive_int, metavar="N", help=text)
+    if reports:
+        parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
+    parser.add_argument("--quiet", action="store_true", help="errors and the result only")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, metavar: str = "RUN.gin") -> None:
+    """The config file and the statements that are applied last; `load_config` reads them."""
+    parser.add_argument("config", nargs="?", metavar=metavar, help="config file")
+    add_set_argument(parser)
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    text = "set a field, as a line of the file would: --set 'Model.num_layers = 12'; repeatable"
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="STATEMENT", help=text)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that `add_config_arguments` asked for.
+
+    Raises:
+        UserError: All mistakes in it.
+    """
+    from mtx.config import reader
+
+    return reader.load(args.config, args.overrides)
+
+
+def apply(args: argparse.Namespace) -> None:
+    """Prepares the process for the arguments. Runs before the command, which is the first to import JAX."""
+    count = getattr(args, "cpu_devices", None)
+    if count is None:
+        return
+    flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"]
+    if count > 1:
+        # That scheduler lets devices start independent collectives in different orders, which then wait for each other.
+        flags.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The answer of a command under --json. NaN and infinities, which JSON lacks, are refused."""
+    json.dump(document, sys.stdout, allow_nan=False)
+    print()
+
+
+def positive_int(text: str) -> int:
+    """An argument type: 1, 2, ...
+
+    Raises:
+        ArgumentTypeError: Anything else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, not {text!r}")
+    return int(text)
