@@ -22,10 +22,10 @@ class Gpu:
     name: str
     device_kind: str
     """Regular expression that `jax.Device.device_kind`, the driver's name of the part, matches as a whole."""
-    peak_flops: Mapping[str, float]
-    """Format of the factors of a matrix product -> dense FLOP/s; formats without a peak of their own are absent."""
+    dense_flops: Mapping[str, float]
+    """Format of the factors of a matrix product -> FLOP/s of the data sheet."""
     measured_flops: Mapping[str, float] = field(default_factory=dict)
-    """The same, as measured."""
+    """The same, as the fastest product that was measured."""
     memory_bytes: int
     """Nominal; the driver keeps about 1 % of it."""
     memory_bandwidth: float
@@ -36,6 +36,15 @@ class Gpu:
     """GPUs that reach each other through NVLink, in the usual system."""
     nic_bandwidth: float
     """Bytes/s per direction and GPU, to other domains, in the usual system."""
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """Dense peak in FLOP/s of matrix products of this format; None where there is none to measure an MFU against.
+
+        Args:
+            dtype: 'bfloat16', 'float16' or 'float8'. float32 has no entry: what its products run at depends on the
+                precision that XLA takes for them.
+        """
+        return self.dense_flops.get(dtype)
 
 
 _TERA, _GIGA, _GIB, _GBIT = 1e12, 1e9, 2**30, 1e9 / 8
@@ -52,7 +61,7 @@ _GPUS = (
     Gpu(
         name="V100",
         device_kind=r"Tesla V100-SXM[23]-32GB(-LS)?",
-        peak_flops=_peaks(float16=125),
+        dense_flops=_peaks(float16=125),
         memory_bytes=32 * _GIB,
         memory_bandwidth=0.9 * _TERA,
         nvlink_bandwidth=150 * _GIGA,
@@ -62,7 +71,7 @@ _GPUS = (
     Gpu(
         name="A100-40",
         device_kind=r"(NVIDIA )?A100-SXM4-40GB",
-        peak_flops=_peaks(float16=312, bfloat16=312),
+        dense_flops=_peaks(float16=312, bfloat16=312),
         measured_flops=_peaks(bfloat16=271.2),
         memory_bytes=40 * _GIB,
         memory_bandwidth=1.555 * _TERA,
@@ -73,7 +82,7 @@ _GPUS = (
     Gpu(
         name="A100-80",
         device_kind=r"(NVIDIA )?A100-SXM4-80GB",
-        peak_flops=_peaks(float16=312, bfloat16=312),
+        dense_flops=_peaks(float16=312, bfloat16=312),
         measured_flops=_peaks(bfloat16=271.2),
         memory_bytes=80 * _GIB,
         memory_bandwidth=2.039 * _TERA,
@@ -84,7 +93,7 @@ _GPUS = (
     Gpu(
         name="H100",
         device_kind=r"NVIDIA H100 80GB HBM3",
-        peak_flops=_peaks(float16=989, bfloat16=989, float8=1979),
+        dense_flops=_peaks(float16=989, bfloat16=989, float8=1979),
         measured_flops=_peaks(bfloat16=794.5, float8=1402.6),
         memory_bytes=80 * _GIB,
         memory_bandwidth=3.35 * _TERA,
@@ -95,7 +104,7 @@ _GPUS = (
     Gpu(
         name="H200",
         device_kind=r"NVIDIA H200",
-        peak_flops=_peaks(float16=989, bfloat16=989, float8=1979),
+        dense_flops=_peaks(float16=989, bfloat16=989, float8=1979),
         measured_flops=_peaks(bfloat16=794.5, float8=1453.4),
         memory_bytes=141 * _GIB,
         memory_bandwidth=4.8 * _TERA,
@@ -106,7 +115,7 @@ _GPUS = (
     Gpu(
         name="B200",
         device_kind=r"NVIDIA B200",
-        peak_flops=_peaks(float16=2250, bfloat16=2250, float8=4500),
+        dense_flops=_peaks(float16=2250, bfloat16=2250, float8=4500),
         measured_flops=_peaks(bfloat16=1745, float8=3432.5),
         memory_bytes=180 * _GIB,
         memory_bandwidth=8.0 * _TERA,
@@ -117,7 +126,7 @@ _GPUS = (
     Gpu(
         name="GB200",
         device_kind=r"NVIDIA GB200",
-        peak_flops=_peaks(float16=2500, bfloat16=2500, float8=5000),
+        dense_flops=_peaks(float16=2500, bfloat16=2500, float8=5000),
         measured_flops=_peaks(bfloat16=1822, float8=3615.6),
         memory_bytes=186 * _GIB,
         memory_bandwidth=8.0 * _TERA,
@@ -128,7 +137,7 @@ _GPUS = (
     Gpu(
         name="GB300",
         device_kind=r"NVIDIA GB300",
-        peak_flops=_peaks(float16=2500, bfloat16=2500, float8=5000),
+        dense_flops=_peaks(float16=2500, bfloat16=2500, float8=5000),
         memory_bytes=288 * _GIB,
         memory_bandwidth=8.0 * _TERA,
         nvlink_bandwidth=900 * _GIGA,
@@ -148,15 +157,3 @@ def find_gpu(device_kind: str) -> Gpu | None:
         device_kind: As `jax.Device.device_kind` says it, e.g. 'NVIDIA H100 80GB HBM3'.
     """
     return next((gpu for gpu in _GPUS if re.fullmatch(gpu.device_kind, device_kind)), None)
-
-
-def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Dense peak in FLOP/s of matrix products of this format; None where it is not known (and MFU therefore is not).
-
-    Args:
-        device_kind: As `jax.Device.device_kind` says it.
-        dtype: 'bfloat16', 'float16' or 'float8'. Others, float32 among them, have no entry: what a float32 product
-            runs at depends on the precision that XLA takes for it.
-    """
-    gpu = find_gpu(device_kind)
-    return None if gpu is None else gpu.peak_flops.get(dtype)
