@@ -20,6 +20,9 @@ from pathlib import Path
 from mtx.checkpoints import manifest
 from mtx.errors import CheckpointError
 
+NAME = "checkpoints"
+"""The folder of a run directory that holds them."""
+
 _SAVING = ".saving"
 _DELETING = ".deleting"
 

@@ -1,0 +1,74 @@
+"""The style sheet of the report: light and dark, narrow and wide, on paper too."""
+
+STYLE = """
+:root { color-scheme: light dark;
+  --page: #f6f7f9; --card: #ffffff; --text: #1b1f26; --soft: #667085; --line: #e3e6eb; --good: #1a7f4b; --bad: #c2332b;
+  --c0: #2f6fde; --c1: #e0772b; --c2: #1f9d6b; --c3: #b14ec4; --c4: #c9a017;
+  --c5: #d6456b; --c6: #1d9bb0; --c7: #7a6a58; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #0f1217; --card: #171b22; --text: #e6e9ee; --soft: #98a2b3; --line: #2a303a; --good: #4cc38a; --bad: #ff7a70;
+  --c0: #6ea1ff; --c1: #ff9d57; --c2: #4cc38a; --c3: #d28ae2; --c4: #e8c547;
+  --c5: #ff7d9d; --c6: #5ccbdd; --c7: #b8a690; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 36px 24px 72px; }
+h1 { font-size: 27px; line-height: 1.2; margin: 0; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+header p { color: var(--soft); margin: 6px 0 26px; }
+h2 { font-size: 17px; margin: 38px 0 12px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 12px; margin: 0; }
+.facts div, figure, blockquote, .scroll, details { background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; }
+.facts div { padding: 12px 16px; display: flex; flex-direction: column; }
+.facts dt { flex: 1; color: var(--soft); font-size: 13px; }
+.facts dd { margin: 0; font-size: 23px; font-weight: 600; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
+.facts dd.note { font-size: 12.5px; font-weight: 400; letter-spacing: 0; }
+.note, .none { color: var(--soft); font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
+.charts h2, .wide { grid-column: 1 / -1; margin-bottom: 0; }
+figure { margin: 0; padding: 14px 16px 8px; min-width: 0; }
+figcaption { color: var(--soft); font-size: 13px; }
+.chart { display: block; width: 100%; height: auto; }
+.grid { stroke: var(--line); } .axis { stroke: var(--soft); opacity: 0.5; }
+.tick, .readout { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.readout { fill: var(--text); white-space: pre; }
+.end { text-anchor: end; } .middle { text-anchor: middle; }
+.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .faint { opacity: 0.28; stroke-width: 1.1; }
+.dashed { stroke-dasharray: 5 4; }
+.column { opacity: 0; } .column:hover { opacity: 1; }
+.column rect { fill: transparent; } .column line { stroke: var(--soft); opacity: 0.6; }
+.s0 { stroke: var(--c0); --own: var(--c0); } .s1 { stroke: var(--c1); --own: var(--c1); }
+.s2 { stroke: var(--c2); --own: var(--c2); } .s3 { stroke: var(--c3); --own: var(--c3); }
+.s4 { stroke: var(--c4); --own: var(--c4); } .s5 { stroke: var(--c5); --own: var(--c5); }
+.s6 { stroke: var(--c6); --own: var(--c6); } .s7 { stroke: var(--c7); --own: var(--c7); }
+.t0 { --own: var(--c2); } .t1 { --own: var(--c0); } .t2 { --own: var(--c6); } .t3 { --own: var(--bad); }
+.t4 { --own: var(--line); }
+.bar { display: block; width: 100%; height: 22px; border-radius: 6px; } .bar rect { fill: var(--own); }
+.dot { fill: var(--card); stroke-width: 1.8; }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px;
+  background: var(--own); border: 2px solid var(--own); }
+.swatch.ring { background: none; border-radius: 50%; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; list-style: none; margin: 6px 0 4px;
+  padding: 0; font-size: 13px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th { text-align: left; color: var(--soft); font-weight: 500; font-size: 13px; white-space: nowrap; }
+th, td { padding: 7px 16px; border-bottom: 1px solid var(--line); vertical-align: top; }
+tbody tr:last-child td { border-bottom: 0; }
+.numbers { font-variant-numeric: tabular-nums; }
+.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; }
+.journal td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; color: var(--soft); }
+.journal td:last-child { overflow-wrap: anywhere; }
+.event { font-weight: 600; } .event.finished { color: var(--good); }
+.event.spike, .event.rollback, .event.hang, .event.preempted { color: var(--bad); }
+blockquote { margin: 0 0 10px; padding: 14px 18px; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-family: Georgia, "Iowan Old Style", "Times New Roman", serif; font-size: 16px; }
+blockquote footer { color: var(--soft); font: 12.5px system-ui, sans-serif; margin-top: 6px; }
+details { margin-top: 14px; padding: 0 16px; } details .scroll { border: 0; }
+summary { cursor: pointer; padding: 11px 0; font-weight: 500; }
+pre { font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; margin: 0 0 14px; }
+code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media (max-width: 760px) { main { padding: 22px 14px 48px; } .charts { grid-template-columns: minmax(0, 1fr); }
+  .wide { overflow-x: auto; } .wide .chart { min-width: 700px; } }
+@media print { body { background: none; } figure, .facts div { break-inside: avoid; } }
+"""

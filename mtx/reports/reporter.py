@@ -1,0 +1,74 @@
+"""Everything a run tells the outside while it trains, behind one object.
+
+Decides who hears what: `metrics.jsonl` and TensorBoard get records, the terminal gets lines about them.
+
+Invariant: process 0 writes and the others do nothing, so the loop need not ask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mtx.reports.metrics import MetricsFile
+from mtx.reports.tensorboard import TensorBoard
+from mtx.reports.terminal import open_progress
+
+
+class Reporter:
+    """The sinks of one attempt of a run. Used as a context manager, it closes them at the end."""
+
+    def __init__(
+        self, run_dir: Path, *, total_steps: int, start_step: int = 0, quiet: bool = False, is_primary: bool = True
+    ) -> None:
+        """Opens the sinks.
+
+        Args:
+            run_dir: The run directory, which exists.
+            total_steps: Last step of the run.
+            start_step: Step that this attempt goes on from; what was recorded of later ones is moved aside.
+            quiet: Whether nothing is printed.
+            is_primary: Whether this is process 0.
+        """
+        self._sinks: list[MetricsFile | TensorBoard] = []
+        if is_primary:
+            self._sinks = [MetricsFile(run_dir, start_step=start_step), TensorBoard(run_dir, start_step=start_step)]
+        prints = is_primary and not quiet
+        self._terminal = open_progress(total_steps=total_steps, start_step=start_step) if prints else None
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Reports a step of training.
+
+        Args:
+            record: `step`, `loss` and further numbers as Python floats and ints, None where unknown; the keys of
+                `metrics.jsonl`.
+        """
+        for sink in self._sinks:
+            sink.log(record)
+        if self._terminal:
+            self._terminal.log(record)
+
+    def evaluated(self, name: str, step: int, loss: float, **more: float | int | None) -> None:
+        """Reports the loss on a validation set after `step`; `more` numbers go to the records alone."""
+        for sink in self._sinks:
+            sink.log({"step": step, "eval": name, "loss": loss, **more})
+        if self._terminal:
+            self._terminal.evaluated(name, step, loss)
+
+    def message(self, text: str) -> None:
+        """Prints a line for a person."""
+        if self._terminal:
+            self._terminal.message(text)
+
+    def close(self) -> None:
+        """Closes all sinks."""
+        for sink in self._sinks:
+            sink.close()
+        if self._terminal:
+            self._terminal.close()
