@@ -7,7 +7,7 @@ Decides names and retention, without JAX or Orbax. It never judges content: that
     STEP.bad-N     did not verify; kept for whoever wants to look or repair, never read again
     STEP.deleting  beyond the retention
 
-Invariant: only complete steps are ever named `STEP`, and only the retention deletes, when a newer step is complete.
+Invariant: only complete steps are ever named `STEP`, and a complete one is only deleted when a newer one is complete.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def find_newest_verified(directory: Path, *, report: Callable[[str], None], set_
 
 
 def delete_old_steps(directory: Path, *, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Deletes the steps that are neither among the newest `keep_last` nor multiples of `keep_every`, and dead saves.
+    """Deletes the steps that are neither among the newest `keep_last` nor multiples of `keep_every`.
 
-    To be called when a step was just published and no save is under way. Returns the steps deleted.
+    To be called when a step was just published. Returns the steps deleted.
     """
     complete = [step for step in list_steps(directory) if (directory / str(step) / manifest.NAME).exists()]
     old = [] if keep_last is None else complete[:-keep_last]
@@ -100,6 +100,12 @@ def delete_old_steps(directory: Path, *, keep_last: int | None, keep_every: int 
     for step in deleted:
         # Renamed first: a kill in the middle leaves nothing that could be taken for a step.
         (directory / str(step)).rename(directory / f"{step}{_DELETING}")
-    for path in [*directory.glob(f"*{_DELETING}"), *directory.glob(f"*{_SAVING}*")]:
+    for path in directory.glob(f"*{_DELETING}"):
         shutil.rmtree(path)
     return deleted
+
+
+def delete_dead_saves(directory: Path) -> None:
+    """Deletes what killed processes left of saves that were never complete. Not while a save is under way."""
+    for path in directory.glob(f"*{_SAVING}*"):
+        shutil.rmtree(path)

@@ -98,10 +98,11 @@ class Checkpoints:
             raise FileExistsError(f"{self.directory / str(step)} exists; a checkpoint is never overwritten")
         kept_meta = json.loads(json.dumps(meta))  # fails now where it cannot be stored; later changes do not matter
         arrays = {name: manifest.ArrayEntry(shape=x.shape, dtype=str(x.dtype)) for name, x in _leaves(state).items()}
-        self._orbax.save(
+        if self._is_primary:
+            steps.delete_dead_saves(self.directory)
+        self._orbax.save(  # begins with a barrier, so the other processes see that done
             steps.saving_dir(self.directory, step),
             args=ocp.args.Composite(**{name: ocp.args.PyTreeSave({name: tree}) for name, tree in state.items()}),
-            force=True,  # what a killed process left under the name of an unfinished save
         )
         self._pending = self._thread.submit(self._complete, step, kept_meta, arrays)
 

@@ -31,7 +31,6 @@ def test_unfinished_and_set_aside_directories_are_no_steps(tmp_path: Path) -> No
 def test_retention(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         save(tmp_path, step)
-    (tmp_path / "70.saving.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "5.deleting" / "d").mkdir(parents=True)
     (tmp_path / "20.bad-1").mkdir()
     (tmp_path / "25").mkdir()  # without a manifest: not for the retention to judge
@@ -39,6 +38,14 @@ def test_retention(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["20.bad-1", "25", "30", "60", "70"]
     assert steps.delete_old_steps(tmp_path, keep_last=None, keep_every=None) == []
     assert steps.delete_old_steps(tmp_path, keep_last=1, keep_every=None) == [30, 60]
+
+
+def test_dead_saves_are_deleted(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    for name in ("20.saving", "30.saving.orbax-checkpoint-tmp"):
+        (tmp_path / name / "d").mkdir(parents=True)
+    steps.delete_dead_saves(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["10"]
 
 
 def test_bad_steps_are_set_aside_and_the_next_older_is_taken(tmp_path: Path) -> None:
