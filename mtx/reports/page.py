@@ -22,7 +22,7 @@ h2 { font-size: 17px; margin: 38px 0 12px; }
 .facts div { padding: 12px 16px; display: flex; flex-direction: column; }
 .facts dt { flex: 1; color: var(--soft); font-size: 13px; }
 .facts dd { margin: 0; font-size: 23px; font-weight: 600; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
-.facts dd.note { font-size: 12.5px; font-weight: 400; letter-spacing: 0; }
+.facts dd.note { min-height: 1.5em; font-size: 12.5px; font-weight: 400; letter-spacing: 0; }
 .note, .none { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
 .charts h2, .wide { grid-column: 1 / -1; margin-bottom: 0; }
