@@ -195,7 +195,7 @@ def _check_train(run: schema.Run, show: Show) -> Iterator[str]:
     if train.steps is None and train.tokens is None:
         yield "neither Train.steps nor Train.tokens is set: set one of them, to say how long the run is"
     if train.steps is not None and train.tokens is not None:
-        yield f"{show('Train.steps')} and {show('Train.tokens')} both say how long the run is: set one of them to None"
+        yield f"{show('Train.steps')} and {show('Train.tokens')} both say how long the run is: keep one"
     if train.seq_len > run.model.max_seq_len:
         yield (
             f"{show('Train.seq_len')} is longer than {show('Model.max_seq_len')}: lower the one to "

@@ -18,7 +18,7 @@ from typing import Any
 from mtx.config import checks, render, schema
 from mtx.config.components import DEFAULTS, Setting, accepts, classes, components, sections, settings
 from mtx.config.render import Origin
-from mtx.config.statements import Binding, Macro, Mistake, Reference, Script, nearest, read_file, read_text
+from mtx.config.statements import Binding, Macro, Mistake, Reference, Script, closest, nearest, read_file, read_text
 from mtx.config.values import conform, describe, format_value
 from mtx.errors import UserError
 
@@ -155,7 +155,10 @@ class _Linker:
         return value
 
     def _means_something(self, reference: Reference, binding: Binding) -> bool:
-        if reference.name in sections():
+        scope, _, name = reference.name.rpartition("/")
+        if scope:
+            self._complain(binding, f"gin's scopes ({scope}/) have no meaning here: write @{name}()")
+        elif reference.name in sections():
             self._complain(binding, f"@{reference.name} is a part of every run and is not referred to")
         elif reference.name not in components():
             self._complain(binding, f"@{reference.name} does not exist; {nearest(reference.name, components())}")
@@ -198,7 +201,11 @@ class _Linker:
 
     def _find_origin(self, history: Sequence[_Assignment]) -> Origin:
         *past, last = history
-        macros = [f"%{name} ({self.macros[name][-1].place})" for name in self._find_macros(last.binding.value, ())]
+        macros = []
+        for name in self._find_macros(last.binding.value, ()):
+            *old, definition = self.macros[name]
+            over = [f", over {format_value(d.value)} ({d.place})" for d in reversed(old)]
+            macros.append(f"%{name} ({definition.place}{''.join(over)})")
         overrode = [(format_value(old.value), old.binding.place) for old in reversed(past)]
         return Origin(last.binding.place, tuple(macros), tuple(overrode))
 
@@ -217,24 +224,24 @@ class _Linker:
                 self._complain(binding, f"the macro %{name} is never defined; {nearest(name, self.macros)}")
         for name, (first, *_) in self.macros.items():
             if name not in used and not self.script.may_lack(name):
-                known = _keys_named(name) or (nearest(name, used - set(self.macros)) if used - set(self.macros) else "")
-                self._complain(first, f"nothing uses the macro {name}; {known or 'remove it'}")
+                cure = _keys_named(name) or closest(name, used) or "remove it"
+                self._complain(first, f"nothing uses the macro {name}; {cure}")
 
     def _check_leftovers(self) -> None:
-        """Complains about components that are configured and that nothing refers to."""
-        complained = set()
+        """Complains about components that are configured and that nothing refers to, once for each."""
+        checked = set(self.built)
         for history in self.fields.values():
             for assignment in history:
                 owner = assignment.binding.owner
-                if owner in self.built or owner in complained or self._is_replaced(owner, assignment, ()):
+                if owner in checked or self._is_replaced(owner, assignment, ()):
                     continue
-                complained.add(owner)
-                every = (setting for cls in classes().values() for setting in settings(cls).values())
-                takers = [setting.key for setting in every if accepts(setting.annotation, classes()[owner])]
-                self._complain(
-                    assignment.binding,
-                    f"no effect, for nothing refers to {owner}: set {' or '.join(takers)} = @{owner}(), or remove it",
-                )
+                checked.add(owner)
+                takers = _takers(classes()[owner])
+                if any(key in self.fields and self.fields[key][-1].value is _UNKNOWN for key in takers):
+                    continue  # one of them was meant to refer to it
+                live = [key for key in takers if key.split(".")[0] in self.built] or takers
+                cure = f"set {' or '.join(live)} = @{owner}(), or remove it"
+                self._complain(assignment.binding, f"no effect, for nothing refers to {owner}: {cure}")
 
     def _is_replaced(self, owner: str, assignment: _Assignment, trail: tuple[str, ...]) -> bool:
         """Whether a later file took away the reference to a component that an assignment counted on."""
@@ -275,6 +282,12 @@ def _names(value: Any, kind: type[Macro] | type[Reference]) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _names(item, kind)
+
+
+def _takers(component: type) -> list[str]:
+    """Keys of the fields that may hold a component."""
+    every = (setting for cls in classes().values() for setting in settings(cls).values())
+    return [setting.key for setting in every if accepts(setting.annotation, component)]
 
 
 def _keys_named(name: str) -> str:

@@ -21,7 +21,7 @@ from gin import config_parser
 COMMAND_LINE = "<command line>"
 
 _CLOSERS = {")": "(", "]": "[", "}": "{"}
-_LITERALS = "values are Python literals: numbers, 'quoted strings', True, False, None, lists, dicts"
+_LITERALS = "values are numbers, 'quoted strings', True, False, None, lists, dicts"
 _EXPLANATIONS = {  # beginning of gin's message -> ours
     "Couldn't parse statement": "expected `Class.field = value`, `NAME = value` or `include 'file.gin'`",
     "Unable to parse value": f"expected a value; {_LITERALS}",
@@ -104,14 +104,19 @@ def place(file: str, line: int) -> str:
     return file if file == COMMAND_LINE or not line else f"{file}:{line}"
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """'did you mean ...?' for a name that does not exist; empty where no name is like it."""
+    folded = {k.lower().removesuffix(".gin"): k for k in known}
+    matches = difflib.get_close_matches(name.lower().removesuffix(".gin"), folded, 3, 0.6)
+    close = [folded[match] for match in matches]
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'did you mean ...?' for a name that does not exist, or what exists."""
+    """'did you mean ...?', or where no name is like it, what there is."""
     known = list(known)
-    folded = {k.lower(): k for k in known}
-    close = [folded[m] for m in difflib.get_close_matches(name.lower(), folded, 3, 0.6)]
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"known: {', '.join(known[:16])}{', ...' if len(known) > 16 else ''}" if known else "there is none"
+    listed = ", ".join(known[:16]) + (", ..." if len(known) > 16 else "")
+    return closest(name, known) or f"there is {listed or 'none'}"
 
 
 def read_file(path: Path, overrides: Sequence[str] = ()) -> Script:
@@ -135,8 +140,8 @@ def read_text(text: str, name: str, overrides: Sequence[str] = ()) -> Script:
 
 def _read_overrides(script: Script, overrides: Sequence[str]) -> None:
     own: dict[str, Binding] = {}  # all of them count as one file
-    for override in overrides:
-        _read_text(script, override, COMMAND_LINE, Path(), own=own, chain=())
+    for order, override in enumerate(overrides):
+        _read_text(script, "\n" * order + override, COMMAND_LINE, Path(), own=own, chain=())
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def _read_file(script: Script, path: Path, name: str, *, asked_at: tuple[str, in
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob("*.gin"))
-        script.complain(file, line, f"no file {name!r}; in its folder, {nearest(path.name, siblings)}", statement)
+        script.complain(file, line, f"no file {name!r}; {nearest(path.name, siblings)}", statement)
     except UnicodeDecodeError as error:
         script.complain(file, line, f"{name!r} is not UTF-8 text: {error.reason} at byte {error.start}", statement)
     except OSError as error:
@@ -183,9 +188,11 @@ def _read_text(
     """Args: own: The bindings made so far in the same file. chain: The files being read, this one last."""
     if not _is_whole(script, text, name):
         script.lost.append(text)
+        script.lost_files = True
         return
     parser = config_parser.ConfigParser(text, _Names())
-    while True:
+    more = True
+    while more:
         start = parser.current_token
         try:
             statement = parser.parse_statement()
@@ -200,16 +207,25 @@ def _read_text(
                 return
             _add(script, statement, name, directory, own=own, chain=chain)
             continue
-        _skip_statement(parser)
-        script.lost += text.splitlines()[start.start[0] - 1 : parser.current_token.start[0] - 1]
+        more = _skip_statement(parser)
+        script.lost += text.splitlines()[start.start[0] - 1 : parser.current_token.start[0] - 1 if more else None]
 
 
-def _skip_statement(parser: config_parser.ConfigParser) -> None:
-    """Goes to the next line that begins with a name in the first column: bodies and continuations are indented."""
+def _skip_statement(parser: config_parser.ConfigParser) -> bool:
+    """Goes to the next line that begins with a name in the first column: bodies and continuations are indented.
+
+    Returns:
+        Whether there is such a line.
+    """
+    starts = (tokenize.NAME, tokenize.DEDENT)
     while parser.current_token.type != tokenize.ENDMARKER:
-        parser.advance_one_line()
-        if parser.current_token.type == tokenize.NAME and parser.current_token.start[1] == 0:
-            return
+        try:
+            parser.advance_one_line()
+        except StopIteration:  # the last token was read, or its reading failed
+            return False
+        if parser.current_token.type in starts and parser.current_token.start[1] == 0:
+            return True
+    return False
 
 
 def _add(script: Script, statement: Any, name: str, directory: Path, *, own: dict[str, Binding], chain: _Chain) -> None:

@@ -14,7 +14,7 @@ import typing
 from typing import Any, Literal
 
 from mtx.config.components import Setting, accepts, alternatives, components
-from mtx.config.statements import Macro, Reference, nearest
+from mtx.config.statements import Macro, Reference, closest
 
 
 def conform(value: Any, setting: Setting) -> Any:
@@ -128,6 +128,6 @@ def _hint(value: Any, setting: Setting) -> str:
         return f": write {int(value):_}"
     if isinstance(value, str):
         allowed = [a for arm in arms if typing.get_origin(arm) is Literal for a in typing.get_args(arm)]
-        if allowed and not (found := nearest(value, map(str, allowed))).startswith("known"):
+        if found := closest(value, map(str, allowed)):
             return f"; {found}"
     return ""
