@@ -20,12 +20,12 @@ class Causal(Objective):
 
         Args:
             batch: `tokens`: int32[B, T+1]. Optional: `segments`: int32[B, T+1], the document that each token belongs
-                to, from 1, 0 in padding, with `positions`: int32[B, T+1], its place in there; `row_weights`:
-                float32[B], 0 in rows that only fill the batch.
+                to, from 1, 0 in padding, with `positions`: int32[B, T+1], its place in there; `weights`:
+                float32[B, T], 0 for targets that only fill the batch.
 
         Returns:
             `tokens`, `targets`: int32[B, T]; `weights`: float32[B, T], 0 where the target belongs to another document,
-            to padding or to a row of weight 0; `segments` and `positions` of `tokens` where the batch has them.
+            to padding or is filled in; `segments` and `positions` of `tokens` where the batch has them.
         """
         import jax.numpy as jnp
 
@@ -36,6 +36,6 @@ class Causal(Objective):
             segments = jnp.asarray(batch["segments"])
             weights *= (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
             inputs |= {"segments": segments[:, :-1], "positions": jnp.asarray(batch["positions"])[:, :-1]}
-        if "row_weights" in batch:
-            weights *= jnp.asarray(batch["row_weights"])[:, None]
+        if "weights" in batch:
+            weights *= jnp.asarray(batch["weights"])
         return inputs | {"weights": weights}

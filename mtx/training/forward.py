@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtx.nn.attention import Cache, empty_cache
 from mtx.nn.context import Dropout, Sequence
 from mtx.nn.param import Params
 from mtx.sharding import Placement
@@ -22,7 +23,7 @@ from mtx.training.remat import rematerialize, tap_for
 from mtx.training.state import Setup
 
 Inputs = dict[str, jax.Array]
-"""`tokens`, `targets`, `weights` [B, T], and where they apply `segments`, `positions` [B, T], `rows` [B]."""
+"""`tokens`, `targets`, `weights` [B, T], and where they apply `segments`, `positions`, `visible` [B, T], `rows` [B]."""
 
 
 def _without_layers(tree: Any) -> Any:
@@ -83,37 +84,61 @@ class Forward:
         weights = self._gathered(_without_layers(prepared), _without_layers(self.setup.placements), sliced=False)
         return self.setup.definition.whole.bind(weights)
 
-    def hidden(self, model: Any, prepared: Any, inputs: Inputs, dropout: Dropout | None) -> jax.Array:
-        """Output of the last layer: [B, T, D] sharded as `seq_sp`."""
+    def empty_caches(self, batch: int, length: int) -> Any:
+        """The caches of all layers, stacked: room for `length` tokens in each of `batch` rows."""
+        config = self.setup.run.model
+        cache = empty_cache(config, self.setup.context, batch, length)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (config.num_layers, *a.shape)), cache)
+
+    def hidden(
+        self,
+        model: Any,
+        prepared: Any,
+        inputs: Inputs,
+        dropout: Dropout | None = None,
+        caches: Any = None,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Output of the last layer, [B, T, D] sharded as `seq_sp`, and the caches with the keys and values of `inputs`.
+
+        Args:
+            caches: Keys and values of the tokens before these, where layers are scanned; None when not decoding.
+            start: int32, number of tokens in the caches; None: none.
+        """
         setup, context = self.setup, self.setup.context
         tokens_BT = inputs["tokens"]
-        sequence = Sequence(inputs.get("positions"), inputs.get("segments"), tokens_BT.shape[1])
+        sequence = Sequence(
+            inputs.get("positions"), inputs.get("segments"), tokens_BT.shape[1], inputs.get("visible")
+        )
         table = model.rotary_table(sequence, context)
         recompute = setup.run.train.recompute
         tap = tap_for(recompute)
 
-        def apply_layer(weights: Params, x_BTD: jax.Array, index: jax.Array | int, shared: Any) -> jax.Array:
-            sequence, table, dropout = shared
+        def apply_layer(
+            weights: Params, x_BTD: jax.Array, index: jax.Array | int, cache: Cache | None, shared: Any
+        ) -> tuple[jax.Array, Cache | None]:
+            sequence, table, dropout, start = shared
             weights = self._gathered(weights, setup.placements["layers"], sliced=True)
             site = None if dropout is None else dropout.at(index)
-            return setup.definition.layer.bind(weights)(x_BTD, sequence, table, context, site, tap)[0]
+            return setup.definition.layer.bind(weights)(x_BTD, sequence, table, context, site, tap, cache, start)
 
         apply_layer = rematerialize(apply_layer, recompute, tuple(a for a in ("fsdp",) if a in context.comm.live))
         # Sites of the layers start at 1: site 0 is the embedding's.
         x_BTD = model.embed(tokens_BT, sequence, context, None if dropout is None else dropout.at(0))
-        shared = (sequence, table, dropout)
+        shared = (sequence, table, dropout, start)
         num_layers = setup.run.model.num_layers
         if not self._scanned:
+            assert caches is None
             for index, weights in enumerate(prepared["layers"]):
-                x_BTD = apply_layer(weights, x_BTD, index + 1, shared)
-            return x_BTD
+                x_BTD, _ = apply_layer(weights, x_BTD, index + 1, None, shared)
+            return x_BTD, None
 
-        def visit(x_BTD: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-            weights, index = layer
-            return context.comm.varying(apply_layer(weights, x_BTD, index, shared)), None
+        def visit(x_BTD: jax.Array, layer: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Cache | None]:
+            weights, index, cache = layer
+            return context.comm.varying(apply_layer(weights, x_BTD, index, cache, shared))
 
-        layers = (prepared["layers"], jnp.arange(1, num_layers + 1))
-        return lax.scan(visit, context.comm.varying(x_BTD), layers)[0]
+        layers = (prepared["layers"], jnp.arange(1, num_layers + 1), caches)
+        return lax.scan(visit, context.comm.varying(x_BTD), layers)
 
     def microbatch_loss(self, prepared: Any, inputs: Inputs, key: jax.Array | None) -> jax.Array:
         """This device's part of the weighted loss sum of a microbatch, float32 nats.
@@ -125,6 +150,6 @@ class Forward:
         model = self.bind(prepared)
         rate = self.setup.run.train.dropout
         dropout = Dropout(key, inputs["rows"], rate) if key is not None and rate > 0 else None
-        x_BTD = self.hidden(model, prepared, inputs, dropout)
+        x_BTD, _ = self.hidden(model, prepared, inputs, dropout)
         chunk = self.setup.run.train.loss_chunk_tokens
         return model.loss(x_BTD, inputs["targets"], inputs["weights"], self.setup.context, chunk)

@@ -21,6 +21,7 @@ from mtx.config import schema
 from mtx.models import ModelDefinition, define_model
 from mtx.nn.context import Context
 from mtx.nn.param import Params
+from mtx.optim.state import abstract_state
 from mtx.sharding import Rules, axis_sizes, make_rules, place_params, shardings
 
 State = dict[str, Any]
@@ -84,20 +85,11 @@ class Setup:
     def abstract_state(self) -> State:
         """The state as `jax.ShapeDtypeStruct` with shardings: the target of init, of restoring and of the step."""
         replicated = NamedSharding(self.mesh, P())
-        moments = jax.eval_shape(self.transformation.init, self._abstract_params)
-
-        def of_parameter(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
-            # Factored moments have other dims than their parameter; they are small, so every device holds them.
-            fits = leaf.shape == param.shape
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if fits else replicated)
-
-        optimizer = optax.tree.map_params(
+        optimizer = abstract_state(
             self.transformation,
-            of_parameter,
-            moments,
             self._abstract_params,
             shardings(self.placements, self.mesh, "optimizer"),
-            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+            replicated,
         )
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
         return {"params": self._abstract_params, "optimizer": optimizer, "step": step}

@@ -17,7 +17,7 @@ def test_targets_are_the_following_tokens():
     np.testing.assert_array_equal(inputs["weights"], np.ones((2, 4)))
 
 
-def test_targets_of_other_documents_padding_and_filler_rows_weigh_nothing():
+def test_targets_of_other_documents_padding_and_fillers_weigh_nothing():
     batch = {
         "tokens": TOKENS,
         "segments": np.int32([[1, 1, 2, 2, 0], [1, 1, 1, 0, 0]]),
@@ -27,10 +27,10 @@ def test_targets_of_other_documents_padding_and_filler_rows_weigh_nothing():
     np.testing.assert_array_equal(inputs["weights"], [[1, 0, 1, 0], [1, 1, 0, 0]])
     np.testing.assert_array_equal(inputs["segments"], [[1, 1, 2, 2], [1, 1, 1, 0]])
     np.testing.assert_array_equal(inputs["positions"], [[0, 1, 0, 1], [0, 1, 2, 0]])
-    weighted = Causal().inputs(batch | {"row_weights": np.float32([0, 1])})
+    weighted = Causal().inputs(batch | {"weights": np.float32([[0] * 4, [1] * 4])})
     np.testing.assert_array_equal(weighted["weights"], [[0, 0, 0, 0], [1, 1, 0, 0]])
 
 
 def test_traces():
-    batch = {"tokens": TOKENS, "row_weights": np.float32([1, 0])}
+    batch = {"tokens": TOKENS, "weights": np.float32([[1] * 4, [0] * 4])}
     jax.tree.map(np.testing.assert_array_equal, jax.jit(Causal().inputs)(batch), Causal().inputs(batch))
