@@ -28,7 +28,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "mtx/__init__.py": (),
     "mtx/__main__.py": (),
     "mtx/cli.py": (),
-    "mtx/commands/": ("rich",),
+    "mtx/commands/": ("jax", "rich"),  # inside run() only: which process am I, how many devices are there
     "mtx/errors.py": (),
     "mtx/config/": (),
     "mtx/config/statements.py": ("gin",),
@@ -48,12 +48,12 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "mtx/planning/": (),
     "mtx/planning/rehearsal.py": ("jax",),
     "mtx/reports/": ("matplotlib", "rich", "tensorboardX"),
-    "mtx/interop/": ("ml_dtypes", "safetensors"),
+    "mtx/interop/": ("jax", "ml_dtypes", "safetensors"),  # what is read is placed on the mesh, shard by shard
     "mtx/inference/": ("jax",),
     "mtx/evaluation/": ("jax",),
     "launch/": (),
 }
-WITHOUT_NUMPY = ("mtx/config/", "mtx/errors.py", "mtx/cli.py", "mtx/commands/", "launch/")
+WITHOUT_NUMPY = ("mtx/config/", "mtx/errors.py", "mtx/cli.py", "launch/")
 
 COLLECTIVES = {
     "all_gather", "all_to_all", "axis_index", "pcast", "pmax", "pmean", "pmin", "ppermute", "psum", "psum_scatter",
@@ -203,7 +203,7 @@ def test_light_rooms_start_no_heavy_library():
 def test_every_field_is_read():
     read = set()
     for path in SOURCES:
-        if not path.startswith("mtx/config/"):
+        if path == "mtx/config/schema.py" or not path.startswith("mtx/config/"):  # checking a field is not using it
             tree = ast.parse((ROOT / path).read_text())
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     fields = {setting.key for cls in classes().values() for setting in settings(cls).values()}
