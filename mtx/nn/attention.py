@@ -31,6 +31,7 @@ def _attend_block(
     start: jax.Array | int,
     q_segments_BT: jax.Array | None,
     k_segments_BS: jax.Array | None,
+    visible_BS: jax.Array | None,
     slopes_N: jax.Array | None,
 ) -> jax.Array:
     batch, length, num_heads, width = q_BTNH.shape
@@ -40,11 +41,13 @@ def _attend_block(
     distance_TS = start + jnp.arange(length)[:, None] - jnp.arange(k_BSKH.shape[1])
     if slopes_N is not None:
         scores_BKGTS -= slopes_N.reshape(kv_heads, -1, 1, 1) * distance_TS
-    visible = distance_TS >= 0
+    seen = distance_TS >= 0
     if q_segments_BT is not None and k_segments_BS is not None:
-        visible = visible & (q_segments_BT[:, None, None, :, None] == k_segments_BS[:, None, None, None, :])
+        seen = seen & (q_segments_BT[:, None, None, :, None] == k_segments_BS[:, None, None, None, :])
+    if visible_BS is not None:
+        seen = seen & visible_BS[:, None, None, None, :]
     # A finite floor: a row of padding that sees nothing yields an average, not NaN.
-    weights_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, -1e30), axis=-1).astype(v_BSKH.dtype)
+    weights_BKGTS = jax.nn.softmax(jnp.where(seen, scores_BKGTS, -1e30), axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
     return out_BTKGH.reshape(q_BTNH.shape)
 
@@ -55,6 +58,7 @@ def attend(
     v_BSKH: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
+    visible_BT: jax.Array | None = None,
     slopes_N: jax.Array | None = None,
     start: jax.Array | int | None = None,
 ) -> jax.Array:
@@ -62,22 +66,30 @@ def attend(
 
     Args:
         segments_BT: int32 documents of a packed row; queries see keys of their own document only.
+        visible_BT: bool, False for keys that no query sees.
         slopes_N: float32 ALiBi slope of each head.
         start: Place of the first query among the keys, for decoding; None: queries and keys are the same tokens.
     """
     if start is not None:
-        return _attend_block(q_BTNH, k_BSKH, v_BSKH, start, None, None, slopes_N)
+        return _attend_block(q_BTNH, k_BSKH, v_BSKH, start, None, None, None, slopes_N)
     outputs = []
     for begin in range(0, q_BTNH.shape[1], QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, q_BTNH.shape[1])
         segments = (None, None) if segments_BT is None else (segments_BT[:, begin:end], segments_BT[:, :end])
-        outputs.append(
-            _attend_block(q_BTNH[:, begin:end], k_BSKH[:, :end], v_BSKH[:, :end], begin, *segments, slopes_N)
-        )
+        visible = None if visible_BT is None else visible_BT[:, :end]
+        keys, values = k_BSKH[:, :end], v_BSKH[:, :end]
+        outputs.append(_attend_block(q_BTNH[:, begin:end], keys, values, begin, *segments, visible, slopes_N))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
-def choose_kernel(context: Context, head_dim: int, *, packed: bool, alibi: bool) -> str:
+def empty_cache(config: Model, context: Context, batch: int, length: int) -> Cache:
+    """Room for the keys and values of `length` tokens in one layer, on this device: its heads only."""
+    kv_heads = config.kv_heads // context.comm.size("kv_heads")
+    zeros = jnp.zeros((batch, length, kv_heads, config.head_width), context.dtype)
+    return context.comm.varying((zeros, zeros))
+
+
+def choose_kernel(context: Context, head_dim: int, *, packed: bool, masked: bool, alibi: bool) -> str:
     """`cudnn` or `xla`.
 
     Raises:
@@ -88,6 +100,7 @@ def choose_kernel(context: Context, head_dim: int, *, packed: bool, alibi: bool)
         f"head_dim {head_dim} is not a multiple of 8 up to 128": head_dim % 8 != 0 or head_dim > 128,
         "Precision.compute is float32": context.dtype == jnp.float32,
         "documents are packed (Data.packing)": packed,
+        "an attention mask hides tokens": masked,
         "positions are alibi": alibi,
     }
     obstacles = [reason for reason, holds in reasons.items() if holds]
@@ -131,7 +144,7 @@ class Attention(Module):
         Args:
             table: Rotary cos and sin of the tokens.
             cache: Keys and values of earlier tokens when decoding.
-            start: int32, number of tokens in the cache.
+            start: int32, number of tokens in the cache; None: none, and queries see only this call's keys.
         """
         comm = context.comm
         x_BTD = comm.gather(x_BTD, "seq_sp", "seq", 1)
@@ -146,11 +159,12 @@ class Attention(Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, table), rotate(k_BTKH, table)
         q_BTNH, k_BTKH, v_BTKH = tap("query", q_BTNH), tap("key", k_BTKH), tap("value", v_BTKH)
         if cache is not None:
-            k_BTKH, v_BTKH = (
-                lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
-                for old, new in zip(cache, (k_BTKH, v_BTKH))
-            )
-            cache = (k_BTKH, v_BTKH)
+            first = 0 if start is None else start
+            cached_k_BSKH = lax.dynamic_update_slice_in_dim(cache[0], k_BTKH, first, 1)
+            cached_v_BSKH = lax.dynamic_update_slice_in_dim(cache[1], v_BTKH, first, 1)
+            cache = (cached_k_BSKH, cached_v_BSKH)
+            if start is not None:
+                k_BTKH, v_BTKH = cache
         out_BTNH = self._core(q_BTNH, k_BTKH, v_BTKH, sequence, context, start)
         partial_BTD = self.output.multiply(out_BTNH.reshape(*out_BTNH.shape[:2], -1), context.dtype)
         return self.output.add_bias(comm.reduce(partial_BTD, "heads", "seq", "seq_sp", 1)), cache
@@ -170,10 +184,19 @@ class Attention(Module):
             group = self.num_heads // self.kv_heads
             needed = max(1, local_heads // group)
             k_BSKH, v_BSKH = (lax.dynamic_slice_in_dim(a, first_head // group, needed, 2) for a in (k_BSKH, v_BSKH))
-        packed = sequence.segments_BT is not None
-        if start is None and choose_kernel(context, self.head_dim, packed=packed, alibi=self.alibi) == "cudnn":
+        packed, masked = sequence.segments_BT is not None, sequence.visible_BT is not None
+        kernel = choose_kernel(context, self.head_dim, packed=packed, masked=masked, alibi=self.alibi)
+        if start is None and kernel == "cudnn":
             return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
         slopes_N = None
         if self.alibi:
             slopes_N = lax.dynamic_slice_in_dim(jnp.array(alibi_slopes(self.num_heads)), first_head, local_heads, 0)
-        return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT=sequence.segments_BT, slopes_N=slopes_N, start=start)
+        return attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            segments_BT=sequence.segments_BT,
+            visible_BT=sequence.visible_BT,
+            slopes_N=slopes_N,
+            start=start,
+        )

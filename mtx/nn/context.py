@@ -51,11 +51,13 @@ class Sequence:
         positions_BT: int32, place of each token in its document; None: the place in the row.
         segments_BT: int32, document of each token in its row, 0 for padding; None: one document.
         length: Tokens of a row on this device (static).
+        visible_BT: bool, False for tokens that no token attends to (an attention mask); None: all are visible.
     """
 
     positions_BT: jax.Array | None
     segments_BT: jax.Array | None
     length: int = field(metadata={"static": True})
+    visible_BT: jax.Array | None = None
 
     def places(self, comm: Comm) -> jax.Array:
         """int32 [B or 1, T]: the place of each token."""

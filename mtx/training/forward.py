@@ -107,9 +107,7 @@ class Forward:
         """
         setup, context = self.setup, self.setup.context
         tokens_BT = inputs["tokens"]
-        sequence = Sequence(
-            inputs.get("positions"), inputs.get("segments"), tokens_BT.shape[1], inputs.get("visible")
-        )
+        sequence = Sequence(inputs.get("positions"), inputs.get("segments"), tokens_BT.shape[1], inputs.get("visible"))
         table = model.rotary_table(sequence, context)
         recompute = setup.run.train.recompute
         tap = tap_for(recompute)
