@@ -1,0 +1,11 @@
+"""The test process, before anything imports JAX: CPU, eight simulated devices, no compilation cache of the user's."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# The scheduler that is switched off starts independent collectives in different orders on different devices, which
+# then wait for each other.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
+os.environ["MTX_COMPILATION_CACHE"] = ""
