@@ -1,0 +1,89 @@
+"""How a trained model is laid out for inference: on which mesh, and with which rules and numbers.
+
+Decides that inference is in float32 with full matmul precision, on weights that stay where training stores them, and
+that tokens are on every device: one answer, whatever the layout and whether or not keys and values are cached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from mtx.checkpoints.run_directory import RunDirectory, restore_params
+from mtx.config import schema
+from mtx.config.axes import MESH_AXES
+from mtx.config.checks import resolve_mesh
+from mtx.errors import UserError
+from mtx.mesh import make_mesh
+from mtx.nn.param import Params
+from mtx.training.state import Setup
+
+MATMUL_PRECISION = "highest"
+"""For `jax.default_matmul_precision`: GPUs would otherwise round float32 products to 10 bits (TF32)."""
+
+
+def choose_mesh(counts: schema.Mesh) -> Mesh:
+    """The run's mesh where it fits the devices that there are, else one device; which one it is goes to stderr."""
+    devices = jax.devices()
+    try:
+        return make_mesh(resolve_mesh(counts, len(devices)), devices)
+    except UserError as error:
+        print(f"one device computes, since the run's mesh does not fit those here: {error}", file=sys.stderr)
+        return make_mesh(schema.Mesh(**dict.fromkeys(MESH_AXES, 1)), devices[:1])
+
+
+def for_inference(setup: Setup) -> Setup:
+    """The same model on the same mesh, its weights stored alike, but batch and sequence split over no device."""
+    run = setup.run
+    overrides = {**run.rules.overrides, "batch": None, "seq": None, "seq_sp": None}
+    run = dataclasses.replace(
+        run,
+        rules=dataclasses.replace(run.rules, sequence_parallel=False, overrides=overrides),
+        precision=dataclasses.replace(run.precision, compute="float32"),
+        # In line, layers compile many times longer; a token, which waits for the weights to be read, is no faster.
+        train=dataclasses.replace(run.train, attention="auto", recompute="none", scan_layers=True),
+    )
+    return Setup(run=run, mesh=setup.mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A trained model on the devices of this process.
+
+    Attributes:
+        setup: Of the training run, on the mesh chosen here.
+        params: The weights, with the shardings of the setup's state.
+        step: The checkpoint that they are of.
+        is_primary: Whether this process speaks for all.
+    """
+
+    directory: RunDirectory
+    setup: Setup
+    params: Params
+    step: int
+    is_primary: bool
+
+
+def open_run(path: Path, step: int | None = None) -> OpenRun:
+    """Restores the weights of a run, and nothing else of its state.
+
+    Args:
+        path: Run directory.
+        step: Which checkpoint; None: the newest that verifies.
+
+    Raises:
+        UserError: There is no run, or no such checkpoint.
+        CheckpointError: It does not verify.
+    """
+    directory = RunDirectory.open(path)
+    run = directory.config().run
+    setup = Setup(run=run, mesh=choose_mesh(run.mesh))
+    params, found = restore_params(
+        directory, setup.abstract_state["params"], step, report=lambda line: print(line, file=sys.stderr)
+    )
+    return OpenRun(directory=directory, setup=setup, params=params, step=found, is_primary=jax.process_index() == 0)
