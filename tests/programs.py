@@ -1,9 +1,10 @@
-"""Runs test programs in processes of their own: simulated devices can deadlock or abort the process (XLA on CPU)."""
+"""Runs programs in processes of their own: simulated devices can deadlock or abort the process (XLA on CPU)."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,17 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
+FLAGS = (
+    # That scheduler lets devices start independent collectives in different orders, which then wait for each other.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    # Halves the compile time, which is most of what these tests take; the numbers differ in rounding only.
+    "--xla_backend_optimization_level=0",
+)
+
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """Of a process with simulated CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *FLAGS])
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MTX_", "XLA_", "JAX_"))}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return {**inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, **more}
@@ -23,14 +31,32 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 def run(arguments: list[str], *, timeout_s: float = 300, check: bool = True, env: dict[str, str] | None = None) -> Any:
     """Runs a Python program to its end; killed with SIGKILL at the time limit, since a deadlock ignores SIGTERM."""
     process = subprocess.run(
-        [sys.executable, *arguments], env=env or environment(), capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
+        [sys.executable, *arguments],
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=ROOT,
     )
     if check:
         assert process.returncode == 0, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
     return process
 
 
+def start(arguments: list[str], *, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Starts a Python program whose output nobody reads; whoever starts it ends it."""
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, *arguments], env=env, stdout=quiet, stderr=quiet, cwd=ROOT)
+
+
 def run_json(program: str, *arguments: str, devices: int, timeout_s: float = 400) -> Any:
     """What a program of `tests/` prints as JSON on its last line."""
     process = run([str(ROOT / "tests" / program), *arguments], env=environment(devices), timeout_s=timeout_s)
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtx.config import schema
@@ -12,12 +15,19 @@ from mtx.mesh import make_mesh
 from mtx.objectives.causal import Causal
 from mtx.optim.adamw import AdamW
 from mtx.training.state import Setup
+from mtx.training.step import make_loss_and_gradients
 
-GPT: dict[str, Any] = {"vocab_size": 96, "d_model": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 16, "init_std": 0.2}
+GPT: dict[str, Any] = {
+    "vocab_size": 96, "d_model": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 16, "init_std": 0.2,
+}  # fmt: skip
 LLAMA: dict[str, Any] = {
     **GPT, "num_kv_heads": 2, "d_ff": 48, "position": "rotary", "norm": "rmsnorm", "activation": "swiglu",
     "use_bias": False, "tie_embeddings": False,
 }  # fmt: skip
+ALIBI: dict[str, Any] = {
+    **GPT, "vocab_size": 97, "num_kv_heads": 1, "position": "alibi", "activation": "gelu", "tie_embeddings": False,
+}  # fmt: skip
+"""A vocabulary that no mesh axis divides; all heads share one key/value head."""
 SEQ_LEN, BATCH = 16, 8
 
 
@@ -36,27 +46,56 @@ def make_run(model: dict[str, Any], **sections: dict[str, Any]) -> schema.Run:
     )
 
 
-def make_setup(run: schema.Run) -> Setup:
+def make_setup(model: dict[str, Any], **sections: dict[str, Any]) -> Setup:
     """On the first devices of the process that its mesh needs."""
-    mesh = run.mesh
-    count = mesh.pipe * mesh.data * mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
-    return Setup(run, make_mesh(mesh, jax.devices()[:count]))
+    run = make_run(model, **sections)
+    count = math.prod(getattr(run.mesh, field.name) for field in fields(run.mesh))
+    return Setup(run, make_mesh(run.mesh, jax.devices()[:count]))
 
 
-def make_tokens(seed: int = 0, vocab_size: int = 96) -> np.ndarray:
-    """int32 [BATCH, SEQ_LEN + 1]."""
-    return np.random.default_rng(seed).integers(0, vocab_size, (BATCH, SEQ_LEN + 1)).astype(np.int32)
+def make_tokens(seed: int = 0, vocab_size: int = 96, batch: int = BATCH) -> np.ndarray:
+    """int32 [batch, SEQ_LEN + 1]."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch, SEQ_LEN + 1)).astype(np.int32)
 
 
-def relative_error(actual: Any, expected: Any) -> dict[str, float]:
-    """Largest difference of each leaf, as a share of the largest value of all leaves of its kind of parameter.
+def make_params(setup: Setup) -> Any:
+    """Nested dict of float32 arrays on the host. All are random: with biases of 0 and gains of 1 mistakes hide."""
+    rng = np.random.default_rng(7)
 
-    A key's bias has no gradient (softmax does not see it): its own size would be a measure of rounding alone.
+    def draw(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> np.ndarray:
+        is_gain_or_bias = len(axes) - ("layers" in axes) == 1
+        noise = rng.standard_normal(leaf.shape) * setup.run.model.init_std
+        return (noise + is_gain_or_bias).astype(np.float32)
+
+    whole = setup.definition.whole
+    return jax.tree.map(draw, whole.params, whole.axes)
+
+
+def loss_and_gradients(setup: Setup, params: Any, batch: dict[str, np.ndarray], *, seed: int = 1) -> tuple[float, Any]:
+    """Loss and gradients of a batch (`tokens`, ...) at parameters on the host; `seed` is of the dropout."""
+    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"]))
+    objective: Any = setup.run.train.objective
+    inputs = objective.inputs(batch)
+    inputs["rows"] = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
+    program = jax.jit(make_loss_and_gradients(setup))
+    loss, grads = program(params, inputs, inputs["weights"].sum(), jax.random.key(seed), None)
+    for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params)):
+        assert g.sharding.is_equivalent_to(p.sharding, g.ndim), (g.sharding, p.sharding)
+        assert g.dtype == jnp.float32
+    return float(loss), jax.tree.map(np.asarray, grads)
+
+
+def worst_error(actual: Any, expected: Any) -> tuple[str, float]:
+    """The leaf that differs most, and its largest difference as a share of its largest value.
+
+    Of a leaf with tiny values it is a share of a hundredth of the largest of all leaves: a key's bias has no gradient
+    (softmax does not see it), and its own size would be a measure of rounding alone.
     """
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
 
     def one(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(float(np.abs(b).max()), 1e-2 * scale))
 
-    errors = jax.tree.map(one, actual, expected)
-    return {jax.tree_util.keystr(path): error for path, error in jax.tree_util.tree_leaves_with_path(errors)}
+    errors = jax.tree_util.tree_leaves_with_path(jax.tree.map(one, actual, expected))
+    path, error = max(errors, key=lambda item: item[1])
+    return jax.tree_util.keystr(path), error
