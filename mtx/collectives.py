@@ -131,7 +131,7 @@ class Comm:
         return lax.pmean(x, copies) if copies else x
 
     def join_copies(self, x: jax.Array, name: str, dim: int) -> jax.Array:
-        """Joins the shards of a logical axis into an array known to be whole and equal on the devices it is split over."""
+        """Joins the shards of a logical axis into an array that is known to be equal on all devices that hold it."""
         axes = self.axes(name)
         if axes:
             whole = [x.shape[d] * (self.size(name) if d == dim else 1) for d in range(x.ndim)]
@@ -139,20 +139,29 @@ class Comm:
             x = lax.psum(cast_varying(here, axes), axes)
         return self.average_copies(x, "batch", "seq")
 
-    def gather_weight(self, w: jax.Array, axes: tuple[str, ...], dim: int | None) -> jax.Array:
-        """The pieces of a weight that ZeRO split, joined. Its transpose is the reduce-scatter of the gradient."""
+    def gather_for_step(self, w: jax.Array, placement: Placement) -> jax.Array:
+        """A weight with the pieces joined that ZeRO-2 split."""
+        return self._gather_weight(w, placement.step_axes, placement.split_dim)
+
+    def gather_for_layer(self, w: jax.Array, placement: Placement) -> jax.Array:
+        """A weight with the pieces joined that ZeRO-3 split. Its transpose is the reduce-scatter of the gradient."""
+        return self._gather_weight(w, placement.layer_axes, placement.split_dim)
+
+    def _gather_weight(self, w: jax.Array, axes: tuple[str, ...], dim: int | None) -> jax.Array:
         return lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
 
-    def reduce_gradient(self, g: jax.Array, placement: Placement, split_dim: int | None) -> jax.Array:
-        """Sums a gradient over every live axis that the parameter is not sharded by; what ZeRO splits is scattered.
+    def reduce_gradient(self, g: jax.Array, placement: Placement) -> jax.Array:
+        """Sums a gradient over every live axis that the parameter is not sharded by; ZeRO-2 gets its piece only.
 
         Args:
-            g: Gradient of the weight that layers are given: split by `placement.layer_axes`, not by `step_axes`.
-            split_dim: `placement.split_dim`, less one where `g` is of a single layer.
+            g: Gradient by what `gather_for_step` returned.
         """
-        sharded = {a for part in placement.storage for a in ((part,) if isinstance(part, str) else part or ())}
         if placement.step_axes:
-            g = lax.psum_scatter(self.varying(g), placement.step_axes, scatter_dimension=split_dim, tiled=True)
+            assert placement.split_dim is not None
+            g = lax.psum_scatter(
+                self.varying(g), placement.step_axes, scatter_dimension=placement.split_dim, tiled=True
+            )
+        sharded = {a for part in placement.storage for a in ((part,) if isinstance(part, str) else part or ())}
         summed = tuple(a for a in self.live if a not in sharded)
         return lax.psum(cast_varying(g, summed), summed) if summed else g
 

@@ -10,7 +10,7 @@ Invariant: a mesh axis shards at most one dim of an array, and only axes with mo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -86,7 +86,8 @@ class Placement:
         compute: Spec of the weight that a layer multiplies with.
         storage: Spec of the weight in the training state.
         optimizer: Spec of its moments, and of the update.
-        split_dim: The dim that `layer_axes` and `step_axes` split, or None. Counts the leading `layers` dim.
+        is_matrix: Whether it has two dims or more besides `layers`.
+        split_dim: The dim that `layer_axes` and `step_axes` split, or None.
         layer_axes: Mesh axes gathered anew at each use of the weight (ZeRO-3).
         step_axes: Mesh axes gathered once at the start of a step (ZeRO-2).
     """
@@ -94,9 +95,24 @@ class Placement:
     compute: P
     storage: P
     optimizer: P
+    is_matrix: bool
     split_dim: int | None
     layer_axes: tuple[str, ...]
     step_axes: tuple[str, ...]
+
+    def of_one_layer(self) -> Placement:
+        """Where a single layer's slice of a stacked parameter lives."""
+
+        def rest(spec: P) -> P:
+            return P(*spec[1:])
+
+        return replace(
+            self,
+            compute=rest(self.compute),
+            storage=rest(self.storage),
+            optimizer=rest(self.optimizer),
+            split_dim=None if self.split_dim is None else self.split_dim - 1,
+        )
 
 
 def _spec(parts: list[tuple[str, ...]]) -> P:
@@ -119,10 +135,13 @@ def place(shape: tuple[int, ...], axes: tuple[str, ...], rules: Rules, sizes: di
         if size % math.prod(sizes[a] for a in mesh_axes):
             raise UserError(f"a parameter's {name!r} dim of {size} does not divide over {mesh_axes} of {sizes}")
     wanted = tuple(a for a in ZERO_AXES if sizes[a] > 1 and (a == "fsdp" or zero > 0))
-    split_dim, split = None, ()
+    split_dim: int | None = None
+    split: tuple[str, ...] = ()
     matrix_dims = [d for d, name in enumerate(axes) if name != "layers"]
-    if len(matrix_dims) > 1:  # gains and biases are too small to be worth a gather
-        for candidate in (wanted, *((a,) for a in wanted)):
+    is_matrix = len(matrix_dims) > 1
+    if is_matrix:  # gains and biases are too small to be worth a gather
+        candidates: list[tuple[str, ...]] = [wanted, *((a,) for a in wanted)]
+        for candidate in candidates:
             over = math.prod(sizes[a] for a in candidate)
             fits = [d for d in matrix_dims if shape[d] // math.prod(sizes[a] for a in parts[d]) % over == 0]
             if candidate and fits:
@@ -138,6 +157,7 @@ def place(shape: tuple[int, ...], axes: tuple[str, ...], rules: Rules, sizes: di
         compute=_spec(parts),
         storage=with_split(layer_axes + step_axes),
         optimizer=with_split(split),
+        is_matrix=is_matrix,
         split_dim=split_dim if layer_axes + step_axes else None,
         layer_axes=layer_axes,
         step_axes=step_axes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -33,7 +34,8 @@ SEQ_LEN, BATCH = 16, 8
 
 def make_run(model: dict[str, Any], **sections: dict[str, Any]) -> schema.Run:
     """A run on one device unless `mesh` says otherwise."""
-    train = {"seq_len": SEQ_LEN, "global_batch_size": BATCH, "steps": 4, "objective": Causal(), "optimizer": AdamW()}
+    base = {"seq_len": SEQ_LEN, "global_batch_size": BATCH, "steps": 4, "objective": Causal(), "optimizer": AdamW()}
+    train = {"scan_layers": False, **base}
     return schema.Run(
         model=schema.Model(**model),
         mesh=schema.Mesh(**{"data": 1, **sections.get("mesh", {})}),
@@ -71,18 +73,26 @@ def make_params(setup: Setup) -> Any:
     return jax.tree.map(draw, whole.params, whole.axes)
 
 
-def loss_and_gradients(setup: Setup, params: Any, batch: dict[str, np.ndarray], *, seed: int = 1) -> tuple[float, Any]:
-    """Loss and gradients of a batch (`tokens`, ...) at parameters on the host; `seed` is of the dropout."""
-    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"]))
-    objective: Any = setup.run.train.objective
-    inputs = objective.inputs(batch)
-    inputs["rows"] = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
+Program = Callable[..., tuple[float, Any]]
+
+
+def make_program(setup: Setup) -> Program:
+    """Compiles (params, batch, seed=1) -> loss and gradients; all on the host, `seed` is of the dropout."""
     program = jax.jit(make_loss_and_gradients(setup))
-    loss, grads = program(params, inputs, inputs["weights"].sum(), jax.random.key(seed), None)
-    for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params)):
-        assert g.sharding.is_equivalent_to(p.sharding, g.ndim), (g.sharding, p.sharding)
-        assert g.dtype == jnp.float32
-    return float(loss), jax.tree.map(np.asarray, grads)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"])
+    objective: Any = setup.run.train.objective
+
+    def compute(params: Any, batch: dict[str, np.ndarray], seed: int = 1) -> tuple[float, Any]:
+        inputs = objective.inputs(batch)
+        inputs["rows"] = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
+        weight, key = inputs["weights"].sum(), jax.random.key(seed)
+        loss, grads = program(jax.device_put(params, shardings), inputs, weight, key, None)
+        for g, sharding in zip(jax.tree.leaves(grads), jax.tree.leaves(shardings)):
+            assert g.sharding.is_equivalent_to(sharding, g.ndim), (g.sharding, sharding)
+            assert g.dtype == jnp.float32
+        return float(loss), jax.tree.map(np.asarray, grads)
+
+    return compute
 
 
 def worst_error(actual: Any, expected: Any) -> tuple[str, float]:

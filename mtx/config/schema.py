@@ -78,7 +78,9 @@ class Model:
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"] = setting(
         "gelu_tanh", drift=IMPOSSIBLE, doc="of the MLP; swiglu and geglu are gated and have a third matrix"
     )
-    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", drift=IMPOSSIBLE, doc="before each branch and the head")
+    norm: Literal["layernorm", "rmsnorm"] = setting(
+        "layernorm", drift=IMPOSSIBLE, doc="before each branch and the head"
+    )
     norm_eps: float = setting(1e-5, low=0.0, doc="added to the variance in norms")
     position: Literal["learned", "rotary", "alibi", "none"] = setting(
         "learned", drift=IMPOSSIBLE, doc="how tokens know their place"
@@ -174,8 +176,8 @@ class Train:
     recompute: Literal["none", "selective", "full"] = setting(
         "none", drift=FREE, doc="what the backward pass computes again: nothing, attention and activations, everything"
     )
-    scan_layers: bool = setting(
-        False, drift=FREE, doc="one compiled layer in a loop (fast compile) instead of all layers in line (fast step)"
+    scan_layers: bool | None = setting(
+        None, drift=FREE, doc="one compiled layer in a loop instead of all in line; None: in line on a GPU, if not many"
     )
     loss_chunk_tokens: int | None = setting(
         None, low=1, drift=FREE, doc="tokens whose logits are in memory at a time; None: chosen by the vocabulary"
@@ -208,8 +210,10 @@ class Tokenizer:
     """The tokenizer that the stores were built with."""
 
     path: str | None = setting(
-        None, drift=IMPOSSIBLE, doc="SentencePiece .model, tokenizer.json, or folder with encoder.json and vocab.bpe; "
-        "None: the one that the first training store carries"
+        None,
+        drift=IMPOSSIBLE,
+        doc="SentencePiece .model, tokenizer.json, or folder with encoder.json and vocab.bpe; "
+        "None: the one that the first training store carries",
     )
 
 

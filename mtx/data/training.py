@@ -44,9 +44,7 @@ def open_training_data(run: schema.Run) -> TrainingData:
         for store in stores.values():
             check_store(store, key=key, model_vocab_size=run.model.vocab_size, tokenizer=tokenizer)
     seq_len, packing = run.train.seq_len, run.data.packing
-    sizes = BatchSizes(
-        global_batch_size=run.train.global_batch_size, seq_len=seq_len, ramp=run.train.batch_ramp
-    )
+    sizes = BatchSizes(global_batch_size=run.train.global_batch_size, seq_len=seq_len, ramp=run.train.batch_ramp)
     return TrainingData(
         train=Batches(
             [(train[path], weight) for path, weight in run.data.train.items()],

@@ -85,7 +85,7 @@ class Generator:
         tokens_BS = np.zeros((num_samples, _bucket(end, longest)), np.int32)
         tokens_BS[:, :length] = prompt
         with jax.default_matmul_precision(MATMUL_PRECISION):
-            tokens_BS, reached = self._program(
+            filled_BS, reached = self._program(
                 params,
                 tokens_BS,
                 np.int32(length),
@@ -96,7 +96,7 @@ class Generator:
                 sampling=sampling,
                 usable_tokens=usable_tokens,
             )
-        rows = np.asarray(tokens_BS)[:, length : int(reached)].tolist()
+        rows = np.asarray(filled_BS)[:, length : int(reached)].tolist()
         return [row[: row.index(end_id) + 1] if end_id in row else row for row in rows]
 
     @cached_property

@@ -70,7 +70,7 @@ def compute_logits(
     """
     model = setup.run.model
     _check("input_ids", input_ids, None, model.vocab_size)
-    inputs: Inputs = {"tokens": input_ids.astype(np.int32)}
+    inputs = {"tokens": input_ids.astype(np.int32)}
     if attention_mask is not None:
         _check("attention_mask", attention_mask, input_ids.shape, 2)
         inputs["visible"] = attention_mask.astype(bool)

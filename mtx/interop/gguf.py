@@ -63,7 +63,7 @@ class _Cursor:
         self._data, self.place = data, 0
 
     def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self._data, self.place)
+        (value,) = struct.unpack_from("<" + code, self._data.data, self.place)
         self.place += struct.calcsize("<" + code)
         return value
 

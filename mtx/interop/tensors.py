@@ -9,25 +9,31 @@ Invariant: nothing is read before every name and every shape was found to fit, a
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from mtx.errors import UserError
 
 Slices = tuple[slice, ...]
-SHOWN = 20
-"""Problems in a message; a wrong folder has thousands."""
 
 
 class Source(Protocol):
     """Files with named tensors and a config.json. Raises UserError where they are damaged."""
 
-    place: Path
-    config: dict[str, Any]
+    @property
+    def place(self) -> Path:
+        """The folder or file."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -95,7 +101,7 @@ def check_tensors(source: Source, tensors: Iterable[Tensor], params: Any, *, ign
         shapes = [find_param(params, path).shape for path in tensor.params]
         for layer in range(shapes[0][0]) if tensor.per_layer else [0]:
             expected[tensor.name.format(layer=layer)] = tensor.shape(shapes)
-        if tensor.copy in found and tensor.name in found:
+        if tensor.copy is not None and tensor.copy in found and tensor.name in found:
             expected[tensor.copy] = tensor.shape(shapes)
             if not _are_equal(source, tensor.name, tensor.copy):
                 problems.append(f"tied in the config and different in the files: {tensor.name} and {tensor.copy}")
@@ -111,17 +117,28 @@ def check_tensors(source: Source, tensors: Iterable[Tensor], params: Any, *, ign
         if found.get(name, shape) != shape
     ]
     if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise UserError(
             f"{source.place}: {len(problems)} tensors do not fit the model that its config describes:\n  "
-            + "\n  ".join(problems[:SHOWN] + more)
+            + "\n  ".join(_merge_layers(problems))
         )
 
 
-def _are_equal(source: Source, *names: str) -> bool:
-    shape, other = (source.shapes[name] for name in names)
+def _merge_layers(lines: Iterable[str]) -> list[str]:
+    """Lines that differ in the number of the layer alone become one, which names all these layers."""
+    merged: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        parts = re.split(r"(?<=\.)(\d+)(?=\.)", line, maxsplit=1)
+        before, layer, after = parts if len(parts) == 3 else (line, "", "")
+        merged.setdefault((before, after), []).append(layer)
+    return [f"{before}{','.join(layers)}{after}" for (before, after), layers in merged.items()]
+
+
+def _are_equal(source: Source, name: str, other: str) -> bool:
+    shape = source.shapes[name]
     parts = [(slice(row, min(row + 1024, shape[0])),) for row in range(0, shape[0], 1024)]
-    return shape == other and all(np.array_equal(*(source.read(name, part) for name in names)) for part in parts)
+    return shape == source.shapes[other] and all(
+        np.array_equal(source.read(name, part), source.read(other, part)) for part in parts
+    )
 
 
 def find_param(params: Any, path: str) -> Any:
@@ -141,28 +158,28 @@ def load_params(source: Source, tensors: Iterable[Tensor], params: Any) -> Any:
     Returns:
         The nested dict with `jax.Array` leaves.
     """
-    import jax
-
     loaded: dict[str, Any] = {}
     for tensor in tensors:
         offset = 0
         for path in tensor.params:
             leaf = find_param(params, path)
-
-            def read(index: Slices, tensor: Tensor = tensor, leaf: Any = leaf, offset: int = offset) -> np.ndarray:
-                wanted = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape))
-
-                def read_one(name: str, part: Slices) -> np.ndarray:
-                    values = source.read(name, tensor.slices(part, offset)).astype(leaf.dtype)
-                    return values.T if tensor.transposed else values
-
-                if not tensor.per_layer:
-                    return read_one(tensor.name, wanted)
-                layers = range(wanted[0].start, wanted[0].stop)
-                return np.stack([read_one(tensor.name.format(layer=layer), wanted[1:]) for layer in layers])
-
+            read = partial(_read_part, source, tensor, leaf, offset)
             loaded[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
             offset += leaf.shape[-1]
     return jax.tree_util.tree_map_with_path(
         lambda path, _: loaded[jax.tree_util.keystr(path, simple=True, separator="/")], params
     )
+
+
+def _read_part(source: Source, tensor: Tensor, leaf: Any, offset: int, index: Any) -> np.ndarray:
+    """What `index` takes of the parameter that begins at `offset` in the last dim of a tensor."""
+    wanted = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape))
+
+    def read_one(name: str, part: Slices) -> np.ndarray:
+        values = source.read(name, tensor.slices(part, offset)).astype(leaf.dtype)
+        return values.T if tensor.transposed else values
+
+    if not tensor.per_layer:
+        return read_one(tensor.name, wanted)
+    layers = range(wanted[0].start, wanted[0].stop)
+    return np.stack([read_one(tensor.name.format(layer=layer), wanted[1:]) for layer in layers])

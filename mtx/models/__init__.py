@@ -7,20 +7,15 @@ and `logits` of `mtx.models.decoder`, which is the one to read.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from mtx.config import schema
+from mtx.config.components import families
 from mtx.errors import UserError
 from mtx.nn.param import Definition, Params, define, initialize
-
-
-def families() -> list[str]:
-    """Names that `Model.family` may have."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,18 @@ def attend(
     outputs = []
     for begin in range(0, q_BTNH.shape[1], QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, q_BTNH.shape[1])
-        segments = (None, None) if segments_BT is None else (segments_BT[:, begin:end], segments_BT[:, :end])
-        visible = None if visible_BT is None else visible_BT[:, :end]
-        keys, values = k_BSKH[:, :end], v_BSKH[:, :end]
-        outputs.append(_attend_block(q_BTNH[:, begin:end], keys, values, begin, *segments, visible, slopes_N))
+        outputs.append(
+            _attend_block(
+                q_BTNH[:, begin:end],
+                k_BSKH[:, :end],
+                v_BSKH[:, :end],
+                begin,
+                None if segments_BT is None else segments_BT[:, begin:end],
+                None if segments_BT is None else segments_BT[:, :end],
+                None if visible_BT is None else visible_BT[:, :end],
+                slopes_N,
+            )
+        )
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 

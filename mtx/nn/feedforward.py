@@ -33,9 +33,7 @@ class FeedForward(Module):
         wide, narrow = (config.d_model, config.ff_width), (config.ff_width, config.d_model)
         std = config.init_std
         self.activation = config.activation
-        self.gate = (
-            Linear(rngs, wide, ("embed", "mlp"), std=std, use_bias=config.use_bias) if config.gated else None
-        )
+        self.gate = Linear(rngs, wide, ("embed", "mlp"), std=std, use_bias=config.use_bias) if config.gated else None
         self.up = Linear(rngs, wide, ("embed", "mlp"), std=std, use_bias=config.use_bias)
         # Residual branches start smaller, so that the stream's variance does not grow with depth (GPT-2).
         residual_std = std / (2 * config.num_layers) ** 0.5
@@ -52,4 +50,3 @@ class FeedForward(Module):
             hidden_BTF = act(tap("mlp_gate", self.gate(x_BTD, context.dtype))) * hidden_BTF
         partial_BTD = self.down.multiply(hidden_BTF, context.dtype)
         return self.down.add_bias(comm.reduce(partial_BTD, "mlp", "seq", "seq_sp", 1))
-

@@ -20,7 +20,7 @@ from jax import lax
 from mtx.collectives import Comm, shared_varying, zeros_like_varying
 
 CHUNK_BYTES = 1 << 28
-"""float32 logits per chunk where the config does not say: small beside the weights, large beside a matmul's start-up."""
+"""float32 logits per chunk where the config does not say: small beside weights, large beside a matmul's start."""
 
 
 class _Chunk(NamedTuple):

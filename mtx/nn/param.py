@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,11 @@ from flax import nnx
 # Tree mode: modules are plain pytrees, without the shared-reference bookkeeping that graph mode adds.
 nnx.set_graph_mode(False)
 
-Module = nnx.Module
-Rngs = nnx.Rngs
+if TYPE_CHECKING:  # the checker does not follow Flax, and a class it does not know can be anything
+    Module: TypeAlias = Any
+    Rngs: TypeAlias = Any
+else:
+    Module, Rngs = nnx.Module, nnx.Rngs
 Params = dict[str, Any]
 """Nested dict of arrays (or of what describes them) with string keys."""
 

@@ -36,53 +36,28 @@ class Forward:
 
     setup: Setup
 
-    @property
-    def _scanned(self) -> bool:
-        return self.setup.run.train.scan_layers
-
     def prepare(self, params: Params) -> Any:
-        """Weights as microbatches use them: matrices in the compute dtype, gathered over `step_axes`.
+        """Weights as microbatches use them: matrices in the compute dtype, with what ZeRO-2 split joined.
 
-        Gradients are taken by the result. Its `layers` are a list of dicts, or stacked where they are scanned.
+        Gradients are taken by the result, whose `layers` are as `Setup.split_layers` leaves them.
         """
         comm, dtype = self.setup.context.comm, self.setup.context.dtype
 
-        def one(w: jax.Array, placement: Placement, *, sliced: bool) -> jax.Array:
-            if w.ndim > 1:  # gains and biases stay as they are stored: they enter sums in float32
-                w = w.astype(dtype)
-            dim = placement.split_dim - 1 if sliced and placement.split_dim is not None else placement.split_dim
-            return comm.gather_weight(w, placement.step_axes, dim)
-
-        params, placements = comm.varying(params), self.setup.placements
-        if self._scanned:
-            return jax.tree.map(
-                lambda w, p: one(w, p, sliced=False) if w.ndim > 2 or p.step_axes else w.astype(w.dtype),
-                params,
-                placements,
-            )
-        prepared = jax.tree.map(
-            lambda w, p: one(w, p, sliced=False), _without_layers(params), _without_layers(placements)
-        )
-        prepared["layers"] = [
-            jax.tree.map(lambda w, p, i=i: one(w[i], p, sliced=True), params["layers"], placements["layers"])
-            for i in range(self.setup.run.model.num_layers)
-        ]
-        return prepared
-
-    def _gathered(self, weights: Params, placements: Any, *, sliced: bool) -> Params:
-        """Weights whole but for tensor parallelism: what ZeRO-3 split is joined."""
-        comm = self.setup.context.comm
-
         def one(w: jax.Array, placement: Placement) -> jax.Array:
-            dim = placement.split_dim
-            return comm.gather_weight(w, placement.layer_axes, dim - 1 if sliced and dim is not None else dim)
+            # Gains and biases stay as they are stored: they enter sums in float32.
+            return comm.gather_for_step(w.astype(dtype) if placement.is_matrix else w, placement)
 
-        return jax.tree.map(one, weights, placements)
+        return jax.tree.map(one, self.setup.split_layers(comm.varying(params)), self.setup.split_placements)
 
     def bind(self, prepared: Any) -> Any:
-        """The model without its layers."""
-        weights = self._gathered(_without_layers(prepared), _without_layers(self.setup.placements), sliced=False)
+        """The model without its layers, its weights whole but for tensor parallelism."""
+        rest, placements = (_without_layers(tree) for tree in (prepared, self.setup.placements))
+        weights = jax.tree.map(self.setup.context.comm.gather_for_layer, rest, placements)
         return self.setup.definition.whole.bind(weights)
+
+    def _bind_layer(self, weights: Params) -> Any:
+        gathered = jax.tree.map(self.setup.context.comm.gather_for_layer, weights, self.setup.layer_placements)
+        return self.setup.definition.layer.bind(gathered)
 
     def empty_caches(self, batch: int, length: int) -> Any:
         """The caches of all layers, stacked: room for `length` tokens in each of `batch` rows."""
@@ -116,16 +91,15 @@ class Forward:
             weights: Params, x_BTD: jax.Array, index: jax.Array | int, cache: Cache | None, shared: Any
         ) -> tuple[jax.Array, Cache | None]:
             sequence, table, dropout, start = shared
-            weights = self._gathered(weights, setup.placements["layers"], sliced=True)
             site = None if dropout is None else dropout.at(index)
-            return setup.definition.layer.bind(weights)(x_BTD, sequence, table, context, site, tap, cache, start)
+            return self._bind_layer(weights)(x_BTD, sequence, table, context, site, tap, cache, start)
 
         apply_layer = rematerialize(apply_layer, recompute, tuple(a for a in ("fsdp",) if a in context.comm.live))
         # Sites of the layers start at 1: site 0 is the embedding's.
         x_BTD = model.embed(tokens_BT, sequence, context, None if dropout is None else dropout.at(0))
         shared = (sequence, table, dropout, start)
         num_layers = setup.run.model.num_layers
-        if not self._scanned:
+        if not setup.scans_layers:
             assert caches is None
             for index, weights in enumerate(prepared["layers"]):
                 x_BTD, _ = apply_layer(weights, x_BTD, index + 1, None, shared)

@@ -47,24 +47,31 @@ def _on_mesh(setup: Setup, samples: np.ndarray, read: Callable[[np.ndarray], dic
         samples: The sample that each row of the global array holds; -1: none, the row is all zeros.
         read: From sample numbers to their rows.
     """
-    sharding = NamedSharding(setup.mesh, batch_spec({**setup.rules, "seq": ()}, 1))
-    shards = {index[0].indices(len(samples)) for index in sharding.addressable_devices_indices_map(samples.shape).values()}
-    mine = np.concatenate([np.arange(*bounds) for bounds in sorted(shards)])
+
+    def sharding(ndim: int) -> NamedSharding:
+        # One token more than the model sees: the sequence is split later, when inputs and targets are cut from it.
+        return NamedSharding(setup.mesh, batch_spec({**setup.rules, "seq": ()}, ndim))
+
+    def bounds(index: Any) -> tuple[int, int]:
+        start, stop, _ = index[0].indices(len(samples))
+        return start, stop
+
+    shards = sorted(set(map(bounds, sharding(1).addressable_devices_indices_map(samples.shape).values())))
+    mine = np.concatenate([np.arange(start, stop) for start, stop in shards])
+    row_of = {int(sample): row for row, sample in enumerate(mine)}
     filled = samples[mine] >= 0
-    arrays = {}
+    batch: Batch = {}
     for name, values in read(samples[mine][filled]).items():
         rows = np.zeros((len(mine), *values.shape[1:]), values.dtype)
         rows[filled] = values
-        position = {start: i for i, start in enumerate(mine)}
 
-        def pick(index: tuple[slice, ...], rows: np.ndarray = rows, position: dict = position) -> np.ndarray:
-            start, stop, _ = index[0].indices(len(samples))
-            return rows[position[start] : position[start] + stop - start]
+        def pick(index: Any, rows: np.ndarray = rows) -> np.ndarray:
+            start, stop = bounds(index)
+            return rows[row_of[start] : row_of[start] + stop - start]
 
         shape = (len(samples), *values.shape[1:])
-        spec = batch_spec({**setup.rules, "seq": ()}, len(shape))
-        arrays[name] = jax.make_array_from_callback(shape, NamedSharding(setup.mesh, spec), pick)
-    return arrays
+        batch[name] = jax.make_array_from_callback(shape, sharding(len(shape)), pick)
+    return batch
 
 
 def make_train_batch(setup: Setup, reader: Reader, sizes: BatchSizes, step: int) -> Batch:

@@ -58,7 +58,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
     check_layout(run, counts)
     setup = Setup(run, make_mesh(counts))
     data = open_training_data(run)
-    total_steps = data.sizes.step_at_tokens(run.train.tokens) if run.train.steps is None else run.train.steps
+    total_steps = data.sizes.step_at_tokens(run.train.tokens or 0) if run.train.steps is None else run.train.steps
     is_primary = jax.process_index() == 0
 
     with ExitStack() as stack:
@@ -73,9 +73,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
         journal = Journal(directory.path, config_digest=digest_config(config), process=jax.process_index())
         stack.callback(journal.close)
         reporter = stack.enter_context(
-            Reporter(
-                directory.path, total_steps=total_steps, start_step=start or 0, quiet=quiet, is_primary=is_primary
-            )
+            Reporter(directory.path, total_steps=total_steps, start_step=start or 0, quiet=quiet, is_primary=is_primary)
         )
         preemption = stack.enter_context(Preemption(num_processes=jax.process_count()))
         if is_primary:
@@ -108,7 +106,9 @@ def _open_directory(config: Config, run_dir: Path, data: TrainingData, resume: s
     """The run directory, made by process 0 where there is none."""
     exists = RunDirectory.exists(run_dir)
     if exists and resume == "never":
-        raise UserError(f"{run_dir} is the directory of a run; --resume auto goes on with it, another --run-dir does not")
+        raise UserError(
+            f"{run_dir} is the directory of a run; --resume auto goes on with it, another --run-dir does not"
+        )
     if not exists and resume not in ("auto", "never"):
         raise UserError(f"--resume {resume}: {run_dir} does not exist")
     if not exists and jax.process_index() == 0:

@@ -24,6 +24,8 @@ from mtx.nn.param import Params
 from mtx.optim.state import abstract_state
 from mtx.sharding import Rules, axis_sizes, make_rules, place_params, shardings
 
+MOST_LAYERS_IN_LINE = 48
+
 State = dict[str, Any]
 """`params` (nested dict), `optimizer` (optax state) and `step` (int32 scalar: updates done)."""
 
@@ -50,6 +52,42 @@ class Setup:
         """A `Placement` per parameter."""
         whole = self.definition.whole
         return place_params(whole.params, whole.axes, self.rules, self.mesh, self.run.rules.zero)
+
+    @property
+    def scans_layers(self) -> bool:
+        """Whether layers run in a loop over their stacked weights; else one after the other in line."""
+        wanted = self.run.train.scan_layers
+        if wanted is not None:
+            return wanted
+        # In line, a GPU's weight gradients go straight into their accumulators and no weight is copied; past a few
+        # dozen layers the program takes too long to compile. On a CPU, XLA fuses the whole chain of residual additions
+        # of layers in line into each of its readers, work quadratic in their number.
+        return self.context.platform == "cpu" or self.run.model.num_layers > MOST_LAYERS_IN_LINE
+
+    def split_layers(self, tree: Params) -> Any:
+        """`layers` as a list with one layer's slices each, where layers run in line; else the tree as it is."""
+        if self.scans_layers:
+            return tree
+        count = range(self.run.model.num_layers)
+        return {**tree, "layers": [jax.tree.map(lambda a, i=i: a[i], tree["layers"]) for i in count]}
+
+    def join_layers(self, tree: Any) -> Params:
+        """The inverse of `split_layers`."""
+        if self.scans_layers:
+            return tree
+        return {**tree, "layers": jax.tree.map(lambda *slices: jnp.stack(slices), *tree["layers"])}
+
+    @cached_property
+    def layer_placements(self) -> Any:
+        """A `Placement` per parameter of a single layer."""
+        return jax.tree.map(lambda placement: placement.of_one_layer(), self.placements["layers"])
+
+    @cached_property
+    def split_placements(self) -> Any:
+        """The placements of what `split_layers` returns."""
+        if self.scans_layers:
+            return self.placements
+        return {**self.placements, "layers": [self.layer_placements] * self.run.model.num_layers}
 
     @cached_property
     def context(self) -> Context:

@@ -41,28 +41,15 @@ def _split_scalars(batch: Batch) -> tuple[Batch, Batch]:
     return arrays, {k: v for k, v in batch.items() if not v.ndim}
 
 
-def _reduce(setup: Setup, grads: Any, *, scanned: bool) -> Params:
+def _reduce(setup: Setup, grads: Any) -> Params:
     """Gradients summed over devices, with the shapes and shards of the stored parameters, float32."""
-    comm, wire = setup.context.comm, jnp.dtype(setup.run.precision.gradients)
+    wire = jnp.dtype(setup.run.precision.gradients)
 
-    def one(g: jax.Array, placement: Placement, *, sliced: bool) -> jax.Array:
-        dim = placement.split_dim
-        dim = dim - 1 if sliced and dim is not None else dim
-        return comm.reduce_gradient(g.astype(wire), placement, dim).astype(jnp.float32)
+    def one(g: jax.Array, placement: Placement) -> jax.Array:
+        return setup.context.comm.reduce_gradient(g.astype(wire), placement).astype(jnp.float32)
 
-    if scanned:
-        return jax.tree.map(lambda g, p: one(g, p, sliced=False), grads, setup.placements)
-    layers = [
-        jax.tree.map(lambda g, p: one(g, p, sliced=True), layer, setup.placements["layers"])
-        for layer in grads["layers"]
-    ]
-    rest = {k: v for k, v in grads.items() if k != "layers"}
-    reduced = jax.tree.map(
-        lambda g, p: one(g, p, sliced=False), rest, {k: v for k, v in setup.placements.items() if k != "layers"}
-    )
-    # Stacked last: the shards are a fraction of the gradients.
-    reduced["layers"] = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-    return reduced
+    # Layers are joined last: the shards are a fraction of the gradients.
+    return setup.join_layers(jax.tree.map(one, grads, setup.split_placements))
 
 
 def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[jax.Array, Params]]:
@@ -106,7 +93,7 @@ def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[jax.Array, Para
                     return visit(carry, pick)
 
                 loss, grads = lax.fori_loop(0, num_microbatches, at, start)
-        return comm.sum_shares(loss) / weight, _reduce(setup, grads, scanned=train.scan_layers)
+        return comm.sum_shares(loss) / weight, _reduce(setup, grads)
 
     storage = jax.tree.map(lambda p: p.storage, setup.placements)
 
@@ -121,14 +108,12 @@ def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[jax.Array, Para
     return loss_and_gradients
 
 
-def make_train_step(setup: Setup) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The jitted step. The state that it is given is consumed: its memory holds the result."""
+def make_train_step(setup: Setup) -> Any:
+    """The jitted function (state, batch) -> (state, metrics). Its state is consumed: that memory holds the result."""
     loss_and_gradients = make_loss_and_gradients(setup)
     objective: Any = setup.run.train.objective
     shards = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"])
-    update_shards = jax.tree.map(
-        lambda p: jax.sharding.NamedSharding(setup.mesh, p.optimizer), setup.placements
-    )
+    update_shards = jax.tree.map(lambda p: jax.sharding.NamedSharding(setup.mesh, p.optimizer), setup.placements)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         arrays, scalars = _split_scalars(batch)
@@ -140,9 +125,7 @@ def make_train_step(setup: Setup) -> Callable[[State, Batch], tuple[State, Metri
         loss, grads = loss_and_gradients(state["params"], inputs, weight, key, scalars.get("num_microbatches"))
         grads, params = lax.with_sharding_constraint((grads, state["params"]), (update_shards, update_shards))
         direction, optimizer = setup.transformation.update(grads, state["optimizer"], params)
-        params = jax.tree.map(
-            lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction
-        )
+        params = jax.tree.map(lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction)
         params = lax.with_sharding_constraint(params, shards)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "target_tokens": weight}
         return {"params": params, "optimizer": optimizer, "step": state["step"] + 1}, metrics
