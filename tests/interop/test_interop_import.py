@@ -142,17 +142,18 @@ def test_what_we_cannot_compute_is_refused(family, config, message, tmp_path):
 def test_all_tensors_that_do_not_fit_are_named(tmp_path):
     folder = copy_folder("llama", tmp_path / "hf", tie_word_embeddings=True)
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    del tensors["model.norm.weight"]
+    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.0.self_attn.sinks"] = np.ones(4, np.float32)
     tensors["model.layers.0.self_attn.k_proj.weight"] = np.ones((32, 16), np.float32)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError) as caught:
         import_run(folder, tmp_path / "run")
     message = str(caught.value)
-    assert "5 tensors do not fit" in message
+    assert "6 tensors do not fit" in message
     for line in (
         "missing: model.norm.weight [32]",
-        "missing: model.layers.1.mlp.up_proj.weight [48, 32]",
+        "missing: model.layers.0,1.mlp.up_proj.weight [48, 32]",
         "not part of the model: model.layers.0.self_attn.sinks [4]",
         "misshapen: model.layers.0.self_attn.k_proj.weight is [32, 16], the config asks for [16, 32]",
         "tied in the config and different in the files: model.embed_tokens.weight and lm_head.weight",
