@@ -6,6 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # The scheduler that is switched off starts independent collectives in different orders on different devices, which
 # then wait for each other.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false "
+    "--xla_backend_optimization_level=0"  # halves the compile time, which is most of what tests take
 )
 os.environ["MTX_COMPILATION_CACHE"] = ""
