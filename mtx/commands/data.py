@@ -195,7 +195,7 @@ def _stats(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from mtx.data.store import open_store
 
-    store = open_store(args.store)
+    store = open_store(args.store, cache_bytes=0)
     first = store.find_document(args.id) if args.id is not None else args.document or 0
     last = max(first + 1, min(first + args.limit, store.num_documents))  # past the end: told by the first one
     tokenizer = store.tokenizer()

@@ -98,7 +98,7 @@ class Batches:
         samples = self._sizes.first_sample(step) + _row_numbers(self._sizes.size(step), rows)
         sources, positions = self._blend.locate(samples)
         batch: dict[str, np.ndarray] = {}
-        for source in np.unique(sources).tolist():
+        for source in np.unique(sources).tolist() or [0]:  # arrays of no rows, where no rows are asked for
             mine = np.flatnonzero(sources == source)
             arrays = self._samples[source].read(self._shuffled(source, positions[mine]))
             for name, array in arrays.items():
@@ -110,10 +110,6 @@ class Batches:
     def source_counts(self, step: int) -> np.ndarray:
         """Samples drawn from each source before a step: int64[sources]."""
         return self._blend.counts(self._sizes.first_sample(step))
-
-    def epochs(self, step: int) -> np.ndarray:
-        """How often each source has been seen before a step: float64[sources]."""
-        return self.source_counts(step) / [len(samples) for samples in self._samples]
 
     def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
         length = len(self._samples[source])

@@ -131,9 +131,12 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
             paths += matches
     seen: dict[Path, str] = {}
     for path in paths:
-        twin = seen.setdefault(Path(path).resolve(), path)
-        if twin is not path:
-            raise UserError(f"{path}: given twice (also as {twin}), its documents would count double; name it once")
+        file = Path(path).resolve()
+        if file in seen:
+            raise UserError(
+                f"{path}: given twice (also as {seen[file]}), its documents would count double; name it once"
+            )
+        seen[file] = path
     return [_source(path) for path in paths], others
 
 

@@ -59,15 +59,14 @@ class PackedRows:
         shape = (len(rows), self._slots)
         tokens = np.full(shape, self._store.end_of_document_id, np.int32)
         segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        # Nothing precedes the first token of the stream: there the end-of-document token is the one already filled in.
-        absent = (starts == 0).astype(np.int64)
-        span_lengths = slots - absent
-        tokens.reshape(-1)[_ranges(begins + absent, span_lengths)] = self._store.read_spans(
-            starts - 1 + absent, span_lengths
-        )
+        # Nothing precedes the first token of the stream: the end-of-document token before it is put in.
+        is_first = starts == 0
+        spans = self._store.read_spans(starts - 1 + is_first, slots - is_first)
+        absent = before[is_first] - np.arange(is_first.sum())
         places = _ranges(begins, slots)
+        tokens.reshape(-1)[places] = np.insert(spans, absent, self._store.end_of_document_id)
         segments.reshape(-1)[places] = np.repeat(numbers + 1, slots)
-        positions.reshape(-1)[places] = _ranges(np.zeros_like(slots), slots)
+        positions.reshape(-1)[places] = places - np.repeat(begins, slots)
         return {"tokens": tokens, "segments": segments, "positions": positions}
 
 

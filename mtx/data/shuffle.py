@@ -12,7 +12,7 @@ import hashlib
 
 import numpy as np
 
-_ROUNDS = 4
+_ROUNDS = 8
 _MIN_BITS = 4  # so that few samples have many orders, too
 
 

@@ -51,8 +51,11 @@ class Store:
         self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
         self.end_of_document_id: int = manifest["end_of_document_id"]
         self._tokens = ArrayReader(path / "tokens")
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()  # chunk number -> its tokens, least used first
-        self._cache_chunks = cache_bytes // (CHUNK * np.dtype(manifest["dtype"]).itemsize)
+        itemsize = np.dtype(manifest["dtype"]).itemsize
+        # What is read at a time and kept: everything, where that has room, else the unit that has a checksum.
+        self._block = self.num_tokens if self.num_tokens * itemsize <= cache_bytes else CHUNK
+        self._max_blocks = max(1, cache_bytes // (self._block * itemsize))
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()  # block number -> its tokens, least used first
         self._lock = threading.Lock()
 
     def tokenizer(self) -> Tokenizer:
@@ -85,17 +88,16 @@ class Store:
         if len(starts) and (starts.min() < 0 or (starts + lengths).max() > self.num_tokens):
             raise IndexError(f"{self.path} has {self.num_tokens} tokens")
         spans = list(zip(starts.tolist(), lengths.tolist()))
-        chunks = self._chunks(
-            {chunk for start, n in spans for chunk in range(start // CHUNK, -(-(start + n) // CHUNK))}
-        )
+        size = self._block
+        blocks = self._blocks({i for start, n in spans for i in range(start // size, -(-(start + n) // size))})
         out = np.empty(int(lengths.sum()), np.int32)
         at = 0
         for start, length in spans:
             end = at + length
             while at < end:
-                chunk, offset = divmod(start, CHUNK)
-                taken = min(CHUNK - offset, end - at)
-                out[at : at + taken] = chunks[chunk][offset : offset + taken]
+                number, offset = divmod(start, size)
+                taken = min(size - offset, end - at)
+                out[at : at + taken] = blocks[number][offset : offset + taken]
                 at += taken
                 start += taken
         return out
@@ -157,20 +159,20 @@ class Store:
     def _id_bytes(self) -> np.ndarray:
         return ArrayReader(self.path / "id_bytes").read()
 
-    def _chunks(self, numbers: set[int]) -> dict[int, np.ndarray]:
-        """The chunks with these numbers, from the cache where it has them."""
+    def _blocks(self, numbers: set[int]) -> dict[int, np.ndarray]:
+        """The blocks with these numbers, from the cache where it has them."""
         with self._lock:
             found = {number: self._cache[number] for number in numbers if number in self._cache}
             for number in found:
                 self._cache.move_to_end(number)
         missing = sorted(numbers - found.keys())
         if missing:
-            spans = [(number * CHUNK, min((number + 1) * CHUNK, self.num_tokens)) for number in missing]
+            spans = [(number * self._block, min((number + 1) * self._block, self.num_tokens)) for number in missing]
             read = dict(zip(missing, self._tokens.read_many(spans)))
             found |= read
             with self._lock:
                 self._cache |= read
-                while len(self._cache) > self._cache_chunks:
+                while len(self._cache) > self._max_blocks:
                     self._cache.popitem(last=False)
         return found
 
@@ -180,7 +182,7 @@ def open_store(path: str | Path, *, cache_bytes: int = CACHE_BYTES) -> Store:
 
     Args:
         path: The folder.
-        cache_bytes: Tokens held in memory, at most.
+        cache_bytes: Memory for tokens. A store that fits is read once; of a larger one, what was last read is kept.
 
     Raises:
         UserError: It is not a token store, not whole, or of a format that this version does not know.

@@ -26,7 +26,7 @@ END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]",
 CONFIG = "tokenizer_config.json"
 _FORMATS = (
     "a SentencePiece .model, a tokenizer.json, or a folder with GPT-2's encoder.json and vocab.bpe (or vocab.json and "
-    "merges.txt), a tokenizer.json or a tokenizer.model"
+    "merges.txt), a tokenizer.json or one .model"
 )
 
 
@@ -35,8 +35,14 @@ class Tokenizer(ABC):
 
     def __init__(self, files: Mapping[str, Path], end_of_document: str | None):
         """Args: files: canonical name -> path; end_of_document: the token, None: found by the rule."""
-        self.files = dict(files)
+        self._content = dict(files)
         self._end_of_document = end_of_document
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Canonical name -> path of all that it takes to load this tokenizer elsewhere."""
+        config = self._place.with_name(CONFIG)
+        return self._content | ({CONFIG: config} if config.is_file() else {})
 
     @property
     @abstractmethod
@@ -69,9 +75,9 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the contents of the files; neither their place nor their date counts."""
+        """Hex digest of what decides the ids of text; neither the files' place nor their date counts."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, path in sorted(self.files.items()):
+        for name, path in sorted(self._content.items()):
             content = path.read_bytes()
             digest.update(f"{name} {len(content)}\n".encode() + content)
         return digest.hexdigest()
@@ -103,14 +109,14 @@ class Tokenizer(ABC):
 
     def _declared_ends(self) -> list[str]:
         """What the files say: `eos_token` of a Hugging Face `tokenizer_config.json` beside them."""
-        config = self._place.with_name(CONFIG)
-        end = _read_json(config).get("eos_token") if config.is_file() else None
+        config = self.files.get(CONFIG)
+        end = _read_json(config).get("eos_token") if config else None
         end = end.get("content") if isinstance(end, dict) else end
         return [end] if isinstance(end, str) else []
 
     @property
     def _place(self) -> Path:
-        return next(iter(self.files.values()))
+        return next(iter(self._content.values()))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -225,7 +231,7 @@ def load_tokenizer(path: str | Path, *, end_of_document: str | None = None) -> T
     Args:
         path: A SentencePiece `.model`; a `tokenizer.json`; or a folder, in which the first of these counts:
             `encoder.json` with `vocab.bpe` (GPT-2 as published), `tokenizer.json`, `vocab.json` with `merges.txt`
-            (GPT-2 as Hugging Face names it), `tokenizer.model`.
+            (GPT-2 as Hugging Face names it), a single `.model`.
         end_of_document: Name of the token that ends documents; None: see `Tokenizer.end_of_document_id`.
 
     Raises:
@@ -240,8 +246,9 @@ def load_tokenizer(path: str | Path, *, end_of_document: str | None = None) -> T
                 return _load_gpt2(path / vocabulary, path / merges, end_of_document)
             if (path / "tokenizer.json").is_file():
                 return _load_json(path / "tokenizer.json", end_of_document)
-        if (path / "tokenizer.model").is_file():
-            return SentencePieceTokenizer(path / "tokenizer.model", end_of_document)
+        models = list(path.glob("*.model"))
+        if len(models) == 1:
+            return SentencePieceTokenizer(models[0], end_of_document)
     elif path.suffix == ".model":
         return SentencePieceTokenizer(path, end_of_document)
     elif path.suffix == ".json":
@@ -271,22 +278,34 @@ def _load_gpt2(vocabulary_path: Path, merges_path: Path, end_of_document: str | 
 
     vocabulary = _read_json(vocabulary_path)
     # Lines are split at "\n" alone: merges contain characters that Python takes for line ends.
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
-    header = lines[0].startswith("#version")
-    try:
-        merges = [(left, right) for left, right in (line.split(" ") for line in lines[header:] if line)]
-        backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{merges_path}: does not fit {vocabulary_path.name}: {error}") from None
+    if not all(isinstance(i, int) for i in vocabulary.values()):
+        raise UserError(f"{vocabulary_path}: must hold an id for each token")
+    # Lines are split at "\n" alone: merges contain characters that Python takes for line ends.
+    lines = _read_text(merges_path).split("\n")
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        left, _, right = line.partition(" ")
+        if line and not (number == 1 and line.startswith("#version")):
+            if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+                raise UserError(f"{merges_path}:{number}: {line!r} does not fit {vocabulary_path.name}")
+            merges.append((left, right))
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     # The file names differ between the two sources and the contents do not: the canonical names are the first ones.
     return HuggingFaceTokenizer(backend, {"encoder.json": vocabulary_path, "vocab.bpe": merges_path}, end_of_document)
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 at byte {error.start}") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):

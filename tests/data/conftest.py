@@ -1,0 +1,103 @@
+"""Small tokenizers, texts and stores for the tests of the data room."""
+
+import gzip
+import json
+import pathlib
+import random
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mtx.data.build import build_store
+from mtx.data.inputs import Selection
+from mtx.data.store import open_store
+from mtx.data.tokenizer_training import train_sentencepiece
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def chapters():
+    """The texts of the first chapters of the embedded novels."""
+    with gzip.open(ROOT / "texts/austen.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line, _ in zip(file, range(12))]
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory, chapters):
+    """Path of a model of 500 pieces that `mtx tokenizer train` would make."""
+    path = tmp_path_factory.mktemp("tokenizer") / "spm.model"
+    train_sentencepiece(chapters, vocab_size=500, out=path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bpe_json(tmp_path_factory, chapters):
+    """Path of the tokenizer.json of a byte-level BPE that declares <|endoftext|> as a special token."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()  # which adds a space before the text
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(chapters, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory, bpe_json):
+    """The same BPE as GPT-2's two files."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    model = json.loads(bpe_json.read_text(encoding="utf-8"))["model"]
+    (folder / "encoder.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (folder / "vocab.bpe").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def make_store(tmp_path, sentencepiece_model):
+    """Makes a store from texts: make_store(texts, name="store", **options of build_store) -> Store."""
+
+    def make(texts, name="store", **options):
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps({"id": f"{name}/{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+        options = {"tokenizer_path": str(sentencepiece_model), "selection": Selection(), "workers": 1} | options
+        build_store([str(source)], out=tmp_path / name, **options)
+        return open_store(tmp_path / name)
+
+    return make
+
+
+def random_text(rng: random.Random, length: int) -> str:
+    """Characters of every kind and plane, except surrogates; many of those that tokenizers treat in a special way."""
+    special = "  \n\t\r\0\x1b\u2581\u2585\u2047\ufffd\ufeff\u200d\u0301\u00a0\u3000\U0001f926\U0010ffff<>|s0x"
+    ranges = ((0, 0x80), (0x80, 0x3000), (0x3000, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000))
+    pieces = ["<|endoftext|>", "<s>", "</s>", "<unk>", "<0x41>", "<0xE2><0x96><0x81>", "\u2581\u2581", "\r\n", " the"]
+    out = []
+    for _ in range(length):
+        kind = rng.randrange(4)
+        if kind == 0:
+            out.append(chr(rng.randrange(*rng.choice(ranges))))
+        elif kind == 1:
+            out.append(rng.choice(pieces))
+        else:
+            out.append(rng.choice(special))
+    return "".join(out)
+
+
+@pytest.fixture
+def random_texts():
+    """random_texts(count, seed) -> texts of 0 to 24 characters or pieces of them."""
+
+    def make(count, seed):
+        rng = random.Random(seed)
+        return [random_text(rng, rng.randrange(25)) for _ in range(count)]
+
+    return make
