@@ -175,6 +175,14 @@ class Checkpoints:
             multihost_utils.sync_global_devices("mtx.checkpoints.set_aside_after")
         return newer
 
+    def parts(self, step: int) -> set[str]:
+        """Top-level keys of the state that a step holds.
+
+        Raises:
+            CheckpointError: The step has no readable manifest.
+        """
+        return {name.split("/", 1)[0] for name in manifest.read(self.directory / str(step)).arrays}
+
     def meta(self, step: int) -> dict[str, Any]:
         """What was given to `save` beside the state.
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from mtx.inference.layout import open_run
     from mtx.inference.text import sample_text
 
-    model = open_run(args.run_dir, args.step)
+    model = open_run(args.run_dir, args.step, quiet=args.quiet)
     tokenizer = model.directory.tokenizer()
     samples = sample_text(
         model.setup,

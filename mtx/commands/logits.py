@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out.parent}: no such folder for --out")
     inputs = read_inputs(args.inputs)
     start_process()
-    model = open_run(args.run_dir, args.step)
+    model = open_run(args.run_dir, args.step, quiet=args.quiet)
     logits = compute_logits(model.setup, model.params, **inputs)
     if not model.is_primary:
         return 0

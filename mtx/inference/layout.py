@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +28,13 @@ MATMUL_PRECISION = "highest"
 """For `jax.default_matmul_precision`: GPUs would otherwise round float32 products to 10 bits (TF32)."""
 
 
-def choose_mesh(counts: schema.Mesh) -> Mesh:
-    """The run's mesh where it fits the devices that there are, else one device; which one it is goes to stderr."""
+def choose_mesh(counts: schema.Mesh, report: Callable[[str], None]) -> Mesh:
+    """The run's mesh where it fits the devices that there are, else one device, which is reported."""
     devices = jax.devices()
     try:
         return make_mesh(resolve_mesh(counts, len(devices)), devices)
     except UserError as error:
-        print(f"one device computes, since the run's mesh does not fit those here: {error}", file=sys.stderr)
+        report(f"one device computes, since the run's mesh does not fit those here: {error}")
         return make_mesh(schema.Mesh(**dict.fromkeys(MESH_AXES, 1)), devices[:1])
 
 
@@ -69,21 +70,25 @@ class OpenRun:
     is_primary: bool
 
 
-def open_run(path: Path, step: int | None = None) -> OpenRun:
+def open_run(path: Path, step: int | None = None, *, quiet: bool = False) -> OpenRun:
     """Restores the weights of a run, and nothing else of its state.
 
     Args:
         path: Run directory.
         step: Which checkpoint; None: the newest that verifies.
+        quiet: Whether nothing is said on stderr of a mesh that does not fit or a checkpoint that is passed over.
 
     Raises:
         UserError: There is no run, or no such checkpoint.
         CheckpointError: It does not verify.
     """
+
+    def report(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr)
+
     directory = RunDirectory.open(path)
     run = directory.config().run
-    setup = Setup(run=run, mesh=choose_mesh(run.mesh))
-    params, found = restore_params(
-        directory, setup.abstract_state["params"], step, report=lambda line: print(line, file=sys.stderr)
-    )
+    setup = Setup(run=run, mesh=choose_mesh(run.mesh, report))
+    params, found = restore_params(directory, setup.abstract_state["params"], step, report=report)
     return OpenRun(directory=directory, setup=setup, params=params, step=found, is_primary=jax.process_index() == 0)

@@ -86,7 +86,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
         if start is None:
             state = setup.initialize()
         else:
-            state = checkpoints.restore(start, setup.abstract_state)
+            state = _restore(checkpoints, setup, start)
             if is_primary:
                 journal.record("resumed", step=start, changes=changes)
             reporter.message(f"goes on from step {start}" + "".join(f"\n  {line}" for line in changes))
@@ -116,6 +116,14 @@ def _open_directory(config: Config, run_dir: Path, data: TrainingData, resume: s
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("mtx.run_directory")
     return RunDirectory.open(run_dir)
+
+
+def _restore(checkpoints: Checkpoints, setup: Setup, step: int) -> State:
+    """The state of a step; where it holds imported weights alone, the state before the first update."""
+    if checkpoints.parts(step) == {"params"}:
+        wanted = {"params": setup.abstract_state["params"]}
+        return setup.initialize(checkpoints.restore(step, wanted)["params"])
+    return checkpoints.restore(step, setup.abstract_state)
 
 
 def _describe(setup: Setup) -> dict[str, Any]:

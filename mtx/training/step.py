@@ -127,7 +127,7 @@ def make_train_step(setup: Setup) -> Any:
         direction, optimizer = setup.transformation.update(grads, state["optimizer"], params)
         params = jax.tree.map(lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction)
         params = lax.with_sharding_constraint(params, shards)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "target_tokens": weight}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "target_tokens": weight}
         return {"params": params, "optimizer": optimizer, "step": state["step"] + 1}, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None))

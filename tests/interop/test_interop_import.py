@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from mtx.cli import main
 from mtx.errors import UserError
+from mtx.inference.layout import open_run
 from mtx.interop.importing import import_run
 
 TINY = Path(__file__).parents[1] / "golden" / "hf-tiny"
@@ -99,6 +100,28 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
+def test_training_goes_on_from_imported_weights(tmp_path):
+    folder = copy_folder("gpt2", tmp_path / "hf")
+    make_tokenizer(folder)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    store, run_dir = tmp_path / "store", tmp_path / "run"
+    assert main(["data", "build", str(tmp_path / "text.txt"), "--tokenizer", str(folder), "--out", str(store)]) == 0
+    statements = [
+        f"Data.train = {{'{store}': 1.0}}",
+        "Train.steps = 1",
+        "Train.seq_len = 16",
+        "Train.global_batch_size = 8",
+        "AdamW.learning_rate = 1e-3",
+        "AdamW.weight_decay = 0.0",
+    ]
+    sets = [argument for statement in statements for argument in ("--set", statement)]
+    assert main(["import", str(folder), "--out", str(run_dir), *sets]) == 0
+    assert main(["train", str(run_dir / "config.gin"), "--run-dir", str(run_dir), "--quiet"]) == 0
+    tables = [np.asarray(open_run(run_dir, step).params["positions"]["table"][:16]) for step in (0, 1)]
+    # Adam's first step moves a parameter by the learning rate, whatever its gradient.
+    np.testing.assert_allclose(np.abs(tables[1] - tables[0]), 1e-3, rtol=1e-2)
+
+
 def test_imported_numbers_are_those_of_the_files(tmp_path):
     folder = copy_folder("gpt2", tmp_path / "hf", tie_word_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
@@ -108,8 +131,6 @@ def test_imported_numbers_are_those_of_the_files(tmp_path):
     directory = import_run(folder, tmp_path / "run", ["Train.seq_len = 32"])
     run = directory.config().run
     assert (run.train.seq_len, run.train.steps, run.model.tie_embeddings) == (32, 0, False)
-    from mtx.inference.layout import open_run
-
     params = open_run(tmp_path / "run").params
     np.testing.assert_array_equal(params["head"]["table"], tensors["lm_head.weight"])
     key = params["layers"]["attention"]["key"]["weight"]
