@@ -12,16 +12,17 @@ Invariant: an error in the thread is raised by the next `save` or `wait`, on the
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mtx.checkpoints import manifest, steps
@@ -62,14 +63,24 @@ class Checkpoints:
         self._read_only = read_only
         self._report = report
         self._is_primary = jax.process_index() == 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
+
+    @cached_property
+    def _orbax(self) -> Any:
+        """Orbax's checkpointer, opened when arrays are first saved or restored."""
+        import orbax.checkpoint as ocp
+
         # Trained floats hardly compress (8% for float32) and compressing them takes four times as long as writing.
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         registry = ocp.DefaultCheckpointHandlerRegistry()
         registry.add(None, ocp.args.PyTreeSave, handler)
         registry.add(None, ocp.args.PyTreeRestore, handler)
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=registry))
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
-        self._pending: Future[None] | None = None
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=registry))
+
+    def warm_up(self) -> None:
+        """Imports what saving needs, which takes seconds, in the thread that completes saves: while a step compiles."""
+        self._thread.submit(importlib.import_module, "orbax.checkpoint")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -100,6 +111,8 @@ class Checkpoints:
         arrays = {name: manifest.ArrayEntry(shape=x.shape, dtype=str(x.dtype)) for name, x in _leaves(state).items()}
         if self._is_primary:
             steps.delete_dead_saves(self.directory)
+        import orbax.checkpoint as ocp
+
         self._orbax.save(  # begins with a barrier, so the other processes see that done
             steps.saving_dir(self.directory, step),
             args=ocp.args.Composite(**{name: ocp.args.PyTreeSave({name: tree}) for name, tree in state.items()}),
@@ -134,7 +147,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._orbax.close()
+            if "_orbax" in self.__dict__:
+                self._orbax.close()
 
     def verify(self, step: int) -> list[str]:
         """Reads all files of a step and returns what is wrong with them, a line per problem."""
@@ -208,6 +222,8 @@ class Checkpoints:
         self.wait()
         step_dir = self.directory / str(step)
         _check_arrays(step_dir, abstract_state)
+        import orbax.checkpoint as ocp
+
         restored = self._orbax.restore(
             step_dir,
             args=ocp.args.Composite(

@@ -35,13 +35,16 @@ def _chunk_loss(comm: Comm, w_VD: jax.Array, chunk: _Chunk, *, differentiate: bo
     largest_T = comm.max(logits_TV.max(-1), "vocab")
     exponentials_TV = jnp.exp(logits_TV - largest_T[:, None])
     sum_T = comm.sum(exponentials_TV.sum(-1), "vocab")
-    rows = comm.index("vocab") * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
-    is_target_TV = chunk.targets_T[:, None] == rows
-    target_T = comm.sum(jnp.where(is_target_TV, logits_TV, 0).sum(-1), "vocab")
+    columns_T = chunk.targets_T - comm.index("vocab") * w_VD.shape[0]
+    is_here_T = (columns_T >= 0) & (columns_T < w_VD.shape[0])
+    # Looked up, not summed over a mask: one number per token is read instead of all.
+    found_T = jnp.take_along_axis(logits_TV, jnp.where(is_here_T, columns_T, 0)[:, None], axis=1)[:, 0]
+    target_T = comm.sum(jnp.where(is_here_T, found_T, 0), "vocab")
     loss = jnp.sum(chunk.weights_T * (jnp.log(sum_T) + largest_T - target_T))
     if not differentiate:
         return (loss,)
     scale_T = chunk.weights_T / sum_T
+    is_target_TV = columns_T[:, None] == jnp.arange(w_VD.shape[0])
     d_logits_TV = exponentials_TV * scale_T[:, None] - jnp.where(is_target_TV, chunk.weights_T[:, None], 0)
     d_logits_TV = d_logits_TV.astype(w_VD.dtype)
     dx_TD = jnp.einsum("tv,vd->td", d_logits_TV, w_VD)

@@ -164,11 +164,14 @@ class _Loop:
 
         with Prefetcher(make_batch, first_step=start, depth=self.setup.run.data.prefetch) as batches:
             if start < total_steps:
-                train_step = self._compile(state, make_batch(start))
+                batch = batches.get(start)
+                train_step = self._compile(state, batch)
             self.throughput.begin(start)
             unread: tuple[int, Metrics] | None = None
             for step in range(start + 1, total_steps + 1):
-                state, metrics = train_step(state, batches.get(step - 1))
+                state, metrics = train_step(state, batch)
+                if step < total_steps:
+                    batch = batches.get(step)
                 if unread is not None:
                     self._read(*unread, batches)
                 unread = step, metrics
@@ -194,6 +197,7 @@ class _Loop:
         self.record("finished", step=total_steps)
 
     def _compile(self, state: State, batch: Any) -> Callable[..., Any]:
+        self.checkpoints.warm_up()
         begin = time.perf_counter()
         compiled = make_train_step(self.setup).lower(state, batch).compile()
         memory = compiled.memory_analysis()
