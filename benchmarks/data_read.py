@@ -2,8 +2,9 @@
 
     python benchmarks/data_read.py [--tokens 100000000] [--store STORE] [--seconds 3]
 
-Without --store, one of random tokens is made in a temporary folder. Each measurement reads batches for some seconds,
-twice: first from a store that was just opened, so that chunks are read and checked, then once more.
+Without --store, one of random tokens is made in a temporary folder; its files are then in the page cache. Three rates:
+`first`, from the moment that the store is opened; `again`, a second time, from memory; `beyond_cache`, where memory
+holds nothing of the store and every batch is read and checked anew, as with a store that is much larger than the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mtx.data.batches import Batches
 from mtx.data.build import SHARD_TOKENS, VERSION
 from mtx.data.packing import plan
 from mtx.data.ramp import BatchSizes
-from mtx.data.store import open_store
+from mtx.data.store import CACHE_BYTES, open_store
 
 WINDOWS = (256, 1024, 2048)  # seq_len
 BATCH_TOKENS = 1 << 16
@@ -50,24 +51,19 @@ def main() -> None:
 
 
 def measure(path: Path, seq_len: int, packing: Any, seconds: float) -> dict[str, Any]:
-    """Mean rate of reading, first with nothing in memory and then again."""
-    batch_size = BATCH_TOKENS // seq_len
-    sizes = BatchSizes(global_batch_size=batch_size, seq_len=seq_len)
-    batches = Batches([(open_store(path), 1.0)], seq_len=seq_len, batch_sizes=sizes, seed=0, packing=packing)
-    rates = []
-    for _ in range(2):
-        begin, step = time.perf_counter(), 0
-        while time.perf_counter() - begin < seconds:
-            batches.read(step)
-            step += 1
-        rates.append(step * batch_size * seq_len / (time.perf_counter() - begin))
-    return {
-        "packing": packing,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-        "tokens_per_second_first": round(rates[0]),
-        "tokens_per_second_again": round(rates[1]),
-    }
+    """Tokens per second by the kind of reading."""
+    sizes = BatchSizes(global_batch_size=BATCH_TOKENS // seq_len, seq_len=seq_len)
+    rates: dict[str, Any] = {"packing": packing, "seq_len": seq_len, "batch_size": sizes.max}
+    for kinds, cache_bytes in ((("first", "again"), CACHE_BYTES), (("beyond_cache",), 0)):
+        store = open_store(path, cache_bytes=cache_bytes)
+        batches = Batches([(store, 1.0)], seq_len=seq_len, batch_sizes=sizes, seed=0, packing=packing)
+        for kind in kinds:
+            begin, step = time.perf_counter(), 0
+            while time.perf_counter() - begin < seconds:
+                batches.read(step)
+                step += 1
+            rates[kind] = round(sizes.tokens(step) / (time.perf_counter() - begin))
+    return rates
 
 
 def measure_plan(num_documents: int, seq_len: int) -> dict[str, Any]:
