@@ -23,10 +23,10 @@ import numpy as np
 from mtx.data import integrity
 from mtx.data.arrays import ArrayWriter
 from mtx.data.batches import Batches
-from mtx.data.build import SHARD_TOKENS, VERSION
+from mtx.data.build import SHARD_TOKENS
 from mtx.data.packing import plan
 from mtx.data.ramp import BatchSizes
-from mtx.data.store import CACHE_BYTES, open_store
+from mtx.data.store import CACHE_BYTES, FORMAT, VERSION, open_store
 
 WINDOWS = (256, 1024, 2048)  # seq_len
 BATCH_TOKENS = 1 << 16
@@ -86,7 +86,7 @@ def make_store(path: Path, num_tokens: int) -> Path:
         writer = ArrayWriter(path / name, dtype=array.dtype, length=len(array), shard=SHARD_TOKENS)
         writer.append(array)
         writer.close()
-    manifest = {"format": "mtx token store", "version": VERSION, "dtype": "uint16", "num_tokens": num_tokens}
+    manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "num_tokens": num_tokens}
     rest = {"num_documents": len(ends), "vocab_size": 50000, "tokenizer_fingerprint": "", "end_of_document_id": 0}
     integrity.seal(path, manifest | rest)
     return path

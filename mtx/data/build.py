@@ -43,11 +43,11 @@ from mtx.data.encode import (
     token_dtype,
 )
 from mtx.data.inputs import BLOCK_BYTES, Block, Selection, Source, find_sources, read_blocks
+from mtx.data.store import FORMAT, VERSION
 from mtx.data.tokenizer import CONFIG, Tokenizer, load_tokenizer
 from mtx.errors import UserError
 
 SHARD_TOKENS = 16 << 20
-VERSION = 1
 _BAD_SHOWN = 5
 
 
@@ -102,12 +102,13 @@ def build_store(
         raise UserError(f"{out}: exists already and is not overwritten; give another --out or remove it")
     if shard_tokens % CHUNK:
         raise UserError(f"--shard-tokens {shard_tokens}: must be a multiple of {CHUNK}")
-    sources, ignored = find_sources(inputs)
-    tokenizer = load_tokenizer(tokenizer_path, end_of_document=end_of_document)
     work = out.with_name(out.name + ".building")
     try:
+        sources, ignored = find_sources(inputs)
+        tokenizer = load_tokenizer(tokenizer_path, end_of_document=end_of_document)
+        plan = _plan(sources, tokenizer, selection)
         with _locked(work):
-            _start_or_resume(work, _plan(sources, tokenizer, selection))
+            _start_or_resume(work, plan)
             encoder = (tokenizer_path, end_of_document, selection)
             reports = _encode_all(sources, encoder, work / "parts", workers, on_progress)
             bad = [
@@ -273,9 +274,9 @@ def _assemble(
             f"no documents in {len(sources)} files: {total.empty_documents} empty, "
             f"{total.unselected_documents} not selected by {list(selection.select)}"
         )
-    store = work / "store"
+    store, dtype = work / "store", token_dtype(tokenizer.vocab_size)
     store.mkdir()
-    _write_arrays(store, work / "parts", len(reports), total, token_dtype(tokenizer.vocab_size), shard_tokens)
+    _write_arrays(store, work / "parts", len(reports), total, dtype, shard_tokens)
     (store / "tokenizer").mkdir()
     for name, path in tokenizer.files.items():
         shutil.copyfile(path, store / "tokenizer" / name)
@@ -292,9 +293,9 @@ def _assemble(
     integrity.seal(
         store,
         {
-            "format": "mtx token store",
+            "format": FORMAT,
             "version": VERSION,
-            "dtype": token_dtype(tokenizer.vocab_size).name,
+            "dtype": dtype.name,
             "num_tokens": total.tokens,
             "num_documents": total.documents,
             "vocab_size": tokenizer.vocab_size,

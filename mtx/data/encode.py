@@ -26,7 +26,7 @@ from mtx.errors import UserError
 _CHECK_EVERY = 16  # one document in so many is decoded again and compared with its text
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Counts:
     """What was found in a source. `tokens` counts the token that ends each document."""
 
@@ -41,8 +41,8 @@ class Counts:
     round_trips_inexact: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return Counts(**{name: value + theirs[name] for name, value in mine.items()})
+        names = (member.name for member in dataclasses.fields(Counts))
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,7 @@ def read_blocks(sources: Sequence[Source], block_bytes: int) -> Iterator[Block]:
             for segment in _segments(index, source, file, block_bytes):
                 segments.append(segment)
                 filled += len(segment.data)
-                if filled >= block_bytes:
+                if 2 * filled >= block_bytes:  # a segment ends with its last whole line, a little under the measure
                     yield Block(number=number, segments=tuple(segments), position=position + file.tell())
                     number, segments, filled = number + 1, [], 0
         position += source.size_bytes

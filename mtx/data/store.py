@@ -25,6 +25,7 @@ from mtx.data.arrays import CHUNK, ArrayReader
 from mtx.data.tokenizer import Tokenizer, load_tokenizer
 from mtx.errors import UserError
 
+FORMAT, VERSION = "mtx token store", 1  # what `mtx data build` writes and this file reads
 CACHE_BYTES = 256 << 20
 
 
@@ -214,9 +215,9 @@ def read_store_manifest(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path / integrity.MANIFEST}: {error}; restore it from a copy or build the store again (mtx data build)"
         ) from None
-    if manifest.get("format") != "mtx token store" or manifest.get("version") != 1:
-        kind, version = manifest.get("format"), manifest.get("version")
-        raise UserError(f"{path}: holds {kind!r} version {version}, not a token store of version 1; build it again")
+    kind, version = manifest.get("format"), manifest.get("version")
+    if (kind, version) != (FORMAT, VERSION):
+        raise UserError(f"{path}: holds {kind!r} version {version}, not {FORMAT!r} version {VERSION}; build it again")
     return manifest
 
 

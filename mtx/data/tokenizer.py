@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Tokenizer(ABC):
         """Ids of each text: int32[length of the text in tokens]."""
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids.
 
         Bytes that make no character show as U+FFFD. Ids outside the vocabulary, which a model with a padded embedding
@@ -159,9 +159,9 @@ class SentencePieceTokenizer(Tokenizer):
                     encoded[i] = self._encode_around_marks(text, marks)
         return encoded
 
-    def decode(self, ids: Iterable[int]) -> str:
-        size = self.vocab_size
-        return self._processor.decode([int(i) for i in ids if i < size])
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        known = np.asarray(ids, np.int64)
+        return self._processor.decode(known[known < self.vocab_size].tolist())
 
     def _declared_ends(self) -> list[str]:
         end = self._processor.eos_id()
@@ -221,8 +221,8 @@ class HuggingFaceTokenizer(Tokenizer):
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in encoded]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._backend.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
 
 
 def load_tokenizer(path: str | Path, *, end_of_document: str | None = None) -> Tokenizer:
