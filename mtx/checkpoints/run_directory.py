@@ -63,12 +63,14 @@ class RunDirectory:
         return False
 
     @classmethod
-    def create(cls, path: str | Path, config_text: str, tokenizer_files: Iterable[Path] = ()) -> RunDirectory:
+    def create(
+        cls, path: str | Path, config_text: str, tokenizer_files: Mapping[str, Path] | None = None
+    ) -> RunDirectory:
         """Makes a run directory; it becomes one with its last file, `config.gin`.
 
         Args:
             config_text: The resolved config (`Config.text`).
-            tokenizer_files: Copied into `tokenizer/`, so that the run can be moved and still decode its text.
+            tokenizer_files: `Tokenizer.files`, copied into `tokenizer/`: the run can be moved and still decode its text.
 
         Raises:
             UserError: Something is there already.
@@ -77,11 +79,9 @@ class RunDirectory:
         if cls.exists(path):
             raise UserError(f"{path} is the directory of a run already; give another one")
         path.mkdir(parents=True, exist_ok=True)
-        files = list(tokenizer_files)
-        if files:
+        for name, file in (tokenizer_files or {}).items():
             (path / TOKENIZER).mkdir(exist_ok=True)
-        for file in files:
-            shutil.copyfile(file, path / TOKENIZER / file.name)
+            shutil.copyfile(file, path / TOKENIZER / name)
         _write(path / CONFIG, config_text)
         return cls(path)
 
@@ -100,8 +100,7 @@ class RunDirectory:
         folder = self.path / TOKENIZER
         if not folder.is_dir():
             raise UserError(f"{self.path} has no tokenizer/: put the tokenizer's files there")
-        files = sorted(folder.iterdir())
-        return load_tokenizer(files[0] if len(files) == 1 else folder)
+        return load_tokenizer(folder)
 
     def checkpoints(self, **options: Any) -> Checkpoints:
         """The run's checkpoints; options as of `Checkpoints`."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mtx.commands import options
 from mtx.errors import UserError
+
+if TYPE_CHECKING:
+    from mtx.training.loop import Trained
 
 NAME = "train"
 HELP = "train a model, or go on with a run"
@@ -17,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_common_arguments(parser, reports=False)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of the run; default: runs/NAME of RUN.gin")
     text = "auto: from the newest checkpoint that verifies; never: a new run; STEP: from that checkpoint"
+    text = "in the end, continue this text with the trained model; printed, and part of the report; repeatable"
+    parser.add_argument("--sample", action="append", default=[], metavar="TEXT", help=text)
     parser.add_argument("--resume", type=_resume, default="auto", metavar="auto|never|STEP", help=text)
 
 
@@ -31,13 +37,35 @@ def run(args: argparse.Namespace) -> int:
     from mtx.training.loop import train
 
     run_dir = args.run_dir or Path("runs") / Path(args.config).stem
-    directory = train(config, run_dir, resume=args.resume, quiet=args.quiet)
+    trained = train(config, run_dir, resume=args.resume, quiet=args.quiet)
+    samples = _sample(trained, args.sample) if args.sample else []
     if jax.process_index() == 0:
-        report = directory.path / "report.html"
-        write_report([directory.path], report)
+        _record(samples, trained.directory.path / "samples.jsonl")
+        report = trained.directory.path / "report.html"
+        write_report([trained.directory.path], report)
         if not args.quiet:
-            print(f"{directory.path}: checkpoints, metrics and {report.name}")
+            for sample in samples:
+                print(f"\n{sample['text']}")
+            print(f"\n{trained.directory.path}: checkpoints, metrics and {report.name}")
     return 0
+
+
+def _sample(trained: Trained, prompts: list[str]) -> list[dict[str, Any]]:
+    from mtx.inference.text import sample_text
+
+    tokenizer = trained.directory.tokenizer()
+    samples = sample_text(trained.setup, trained.state["params"], tokenizer, prompts)
+    step = int(trained.state["step"])
+    return [{"step": step, "prompt": sample.prompt, "text": sample.text} for sample in samples]
+
+
+def _record(samples: list[dict[str, Any]], path: Path) -> None:
+    from mtx.health.jsonl import LineWriter
+
+    writer = LineWriter(path)
+    for sample in samples:
+        writer.append(sample)
+    writer.close()
 
 
 def _resume(text: str) -> str:

@@ -21,13 +21,13 @@ class TrainingData:
         train: The training batches.
         validation: The batches of each validation set, by its name.
         sizes: How many sequences each step has.
-        tokenizer_files: Files of the tokenizer that made all stores.
+        tokenizer_files: Files of the tokenizer that made all stores, by the names that it is loaded by.
     """
 
     train: Batches
     validation: Mapping[str, ValidationBatches]
     sizes: BatchSizes
-    tokenizer_files: tuple[Path, ...]
+    tokenizer_files: Mapping[str, Path]
 
 
 def open_training_data(run: schema.Run) -> TrainingData:
@@ -64,5 +64,5 @@ def open_training_data(run: schema.Run) -> TrainingData:
             for name, store in validation.items()
         },
         sizes=sizes,
-        tokenizer_files=tuple(tokenizer.files.values()),
+        tokenizer_files=tokenizer.files,
     )

@@ -6,7 +6,7 @@ wrong with the files is found before the run directory is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -72,10 +72,8 @@ def _make_config(model: schema.Model, source: str, overrides: Sequence[str]) -> 
     return reader.Config(config.run, provenance)
 
 
-def _find_tokenizer_files(folder: Path) -> list[Path]:
-    """The files of the folder's tokenizer; none where it has none."""
+def _find_tokenizer_files(folder: Path) -> Mapping[str, Path]:
+    """The files of the folder's tokenizer, by name; none where it has none."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return []
-    files = list(load_tokenizer(folder).files.values())
-    declared = folder / "tokenizer_config.json"  # may name the token that ends a document
-    return [*files, declared] if declared.is_file() else files
+        return {}
+    return load_tokenizer(folder).files

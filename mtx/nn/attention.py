@@ -103,9 +103,10 @@ def choose_kernel(context: Context, head_dim: int, *, packed: bool, masked: bool
     Raises:
         UserError: cuDNN is asked for and cannot compute this attention.
     """
+    widest = 256 if (context.compute_capability or 0.0) >= 9.0 else 128  # cuDNN's limits, from Hopper on and before
     reasons = {
         f"the device is a {context.platform}": context.platform != "gpu",
-        f"head_dim {head_dim} is not a multiple of 8 up to 128": head_dim % 8 != 0 or head_dim > 128,
+        f"head_dim {head_dim} is not a multiple of 8 up to {widest}": head_dim % 8 != 0 or head_dim > widest,
         "Precision.compute is float32": context.dtype == jnp.float32,
         "documents are packed (Data.packing)": packed,
         "an attention mask hides tokens": masked,

@@ -34,12 +34,14 @@ class Context:
         dtype: Of matrix products and activations.
         attention: `auto`, `xla` or `cudnn`.
         platform: Of the mesh's devices, `cpu` or `gpu`: which kernels there are.
+        compute_capability: Of the mesh's GPUs, such as 9.0 for Hopper; None where it is not known.
     """
 
     comm: Comm
     dtype: Any = jnp.float32
     attention: str = "auto"
     platform: str = "cpu"
+    compute_capability: float | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,16 @@ from mtx.training.state import Setup, State
 from mtx.training.step import Metrics, make_train_step
 
 
-def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = False) -> RunDirectory:
+@dataclass(frozen=True)
+class Trained:
+    """A run after its last step."""
+
+    directory: RunDirectory
+    setup: Setup
+    state: State
+
+
+def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = False) -> Trained:
     """Trains, or goes on where the run directory stands, until the last step.
 
     Args:
@@ -90,7 +100,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
             if is_primary:
                 journal.record("resumed", step=start, changes=changes)
             reporter.message(f"goes on from step {start}" + "".join(f"\n  {line}" for line in changes))
-        _Loop(
+        loop = _Loop(
             setup=setup,
             data=data,
             checkpoints=checkpoints,
@@ -98,8 +108,9 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
             reporter=reporter,
             preemption=preemption,
             meta={"config_digest": digest_config(config), **_describe(setup)},
-        ).run(state, start or 0, total_steps)
-    return directory
+        )
+        state = loop.run(state, start or 0, total_steps)
+    return Trained(directory, setup, state)
 
 
 def _open_directory(config: Config, run_dir: Path, data: TrainingData, resume: str) -> RunDirectory:
@@ -155,8 +166,8 @@ class _Loop:
         self.evaluation = Evaluation(setup, data)
         self.throughput = Throughput(setup, data.sizes)
 
-    def run(self, state: State, start: int, total_steps: int) -> None:
-        """From the state after step `start` to the last step."""
+    def run(self, state: State, start: int, total_steps: int) -> State:
+        """From the state after step `start` to that after the last step."""
         train, checkpoint = self.setup.run.train, self.setup.run.checkpoint
 
         def make_batch(step: int) -> Any:
@@ -195,6 +206,7 @@ class _Loop:
                 self.throughput.begin(step, batches.wait_seconds)
         self.checkpoints.wait()
         self.record("finished", step=total_steps)
+        return state
 
     def _compile(self, state: State, batch: Any) -> Callable[..., Any]:
         self.checkpoints.warm_up()

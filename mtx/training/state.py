@@ -92,11 +92,14 @@ class Setup:
     @cached_property
     def context(self) -> Context:
         """What layers are told about the layout."""
+        device = self.mesh.devices.flat[0]
+        capability = getattr(device, "compute_capability", None)
         return Context(
             comm=Comm(rules=self.rules, sizes=axis_sizes(self.mesh)),
             dtype=jnp.dtype(self.run.precision.compute),
             attention=self.run.train.attention,
-            platform=self.mesh.devices.flat[0].platform,
+            platform=device.platform,
+            compute_capability=None if capability is None else float(capability),
         )
 
     @cached_property
