@@ -63,14 +63,12 @@ class RunDirectory:
         return False
 
     @classmethod
-    def create(
-        cls, path: str | Path, config_text: str, tokenizer_files: Mapping[str, Path] | None = None
-    ) -> RunDirectory:
+    def create(cls, path: str | Path, config_text: str, tokenizer_files: Mapping[str, Path]) -> RunDirectory:
         """Makes a run directory; it becomes one with its last file, `config.gin`.
 
         Args:
             config_text: The resolved config (`Config.text`).
-            tokenizer_files: `Tokenizer.files`, copied into `tokenizer/`: the run can be moved and still decode its text.
+            tokenizer_files: `Tokenizer.files`, copied into `tokenizer/`, so that a run that is moved decodes its text.
 
         Raises:
             UserError: Something is there already.
@@ -79,7 +77,7 @@ class RunDirectory:
         if cls.exists(path):
             raise UserError(f"{path} is the directory of a run already; give another one")
         path.mkdir(parents=True, exist_ok=True)
-        for name, file in (tokenizer_files or {}).items():
+        for name, file in tokenizer_files.items():
             (path / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(file, path / TOKENIZER / name)
         _write(path / CONFIG, config_text)

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     trained = train(config, run_dir, resume=args.resume, quiet=args.quiet)
     samples = _sample(trained, args.sample) if args.sample else []
     if jax.process_index() == 0:
-        _record(samples, trained.directory.path / "samples.jsonl")
+        if samples:
+            _record(samples, trained.directory.path / "samples.jsonl")
         report = trained.directory.path / "report.html"
         write_report([trained.directory.path], report)
         if not args.quiet:
