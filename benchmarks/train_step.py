@@ -30,12 +30,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="STATEMENT")
     parser.add_argument("--steps", type=int, default=8, help="steps that count, after one that does not")
     parser.add_argument("--cpu-devices", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="also the share of time by kind of operation")
     parser.add_argument("--out", type=Path, help="a file that does not exist yet")
     args = parser.parse_args()
     if args.cpu_devices > 1:
         flags = f"--xla_force_host_platform_device_count={args.cpu_devices}"
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    result = measure(args.config, args.overrides, args.steps)
+    result = measure(args.config, args.overrides, args.steps, profiles=args.profile)
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
@@ -43,7 +44,7 @@ def main() -> None:
             file.write(text + "\n")
 
 
-def measure(path: str, overrides: list[str], steps: int) -> dict[str, object]:
+def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> dict[str, object]:
     """Compiles and times the step of a config."""
     from mtx.config.checks import check_layout, resolve_mesh
     from mtx.config.reader import load
@@ -98,6 +99,11 @@ def measure(path: str, overrides: list[str], steps: int) -> dict[str, object]:
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - begin)
 
+    shares = None
+    if profiles:
+        from breakdown import profile
+
+        shares = profile(lambda: jax.block_until_ready(step(state, batch)), step.as_text())
     whole = setup.definition.whole
     median = statistics.median(times)
     flops = model_flops_per_token(run.model, whole.params, whole.axes, seq_len) * rows * seq_len / setup.mesh.size
@@ -127,6 +133,7 @@ def measure(path: str, overrides: list[str], steps: int) -> dict[str, object]:
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_device_bytes": statistics_of_device.get("peak_bytes_in_use"),
         "first_loss": first_loss,
+        "share_of_operations": shares,
     }
 
 

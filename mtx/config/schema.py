@@ -177,7 +177,9 @@ class Train:
         "none", drift=FREE, doc="what the backward pass computes again: nothing, attention and activations, everything"
     )
     scan_layers: bool | None = setting(
-        None, drift=FREE, doc="one compiled layer in a loop instead of all in line; None: in line on a GPU, if not many"
+        None,
+        drift=FREE,
+        doc="one compiled layer in a loop instead of all in line (faster steps); None: if there are many",
     )
     loss_chunk_tokens: int | None = setting(
         None, low=1, drift=FREE, doc="tokens whose logits are in memory at a time; None: chosen by the vocabulary"

@@ -59,10 +59,9 @@ class Setup:
         wanted = self.run.train.scan_layers
         if wanted is not None:
             return wanted
-        # In line, a GPU's weight gradients go straight into their accumulators and no weight is copied; past a few
-        # dozen layers the program takes too long to compile. On a CPU, XLA fuses the whole chain of residual additions
-        # of layers in line into each of its readers, work quadratic in their number.
-        return self.context.platform == "cpu" or self.run.model.num_layers > MOST_LAYERS_IN_LINE
+        # In line, weight gradients go straight into their accumulators and no weight is copied; past a few dozen
+        # layers the program takes too long to compile.
+        return self.run.model.num_layers > MOST_LAYERS_IN_LINE
 
     def split_layers(self, tree: Params) -> Any:
         """`layers` as a list with one layer's slices each, where layers run in line; else the tree as it is."""
