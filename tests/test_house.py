@@ -40,7 +40,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "mtx/models/": ("jax",),
     "mtx/objectives/": ("jax",),
     "mtx/optim/": ("jax", "optax"),
-    "mtx/data/": ("grain", "sentencepiece", "tensorstore", "tokenizers", "zstandard"),
+    "mtx/data/": ("sentencepiece", "tensorstore", "tokenizers", "zstandard"),
     "mtx/training/": ("jax", "optax"),
     "mtx/training/schedule.py": (),
     "mtx/checkpoints/": ("jax", "orbax"),

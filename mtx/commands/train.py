@@ -46,18 +46,22 @@ def run(args: argparse.Namespace) -> int:
         write_report([trained.directory.path], report)
         if not args.quiet:
             for sample in samples:
-                print(f"\n{sample['text']}")
+                print(f"\n{sample['prompt']}{sample['text']}")
             print(f"\n{trained.directory.path}: checkpoints, metrics and {report.name}")
     return 0
 
 
 def _sample(trained: Trained, prompts: list[str]) -> list[dict[str, Any]]:
+    from mtx.inference.sampling import Sampling
     from mtx.inference.text import sample_text
 
     tokenizer = trained.directory.tokenizer()
-    samples = sample_text(trained.setup, trained.state["params"], tokenizer, prompts)
+    sampling = Sampling(temperature=0.8, top_k=40)  # a small model's unlikely tokens are noise
+    samples = sample_text(trained.setup, trained.state["params"], tokenizer, prompts, sampling=sampling)
     step = int(trained.state["step"])
-    return [{"step": step, "prompt": sample.prompt, "text": sample.text} for sample in samples]
+    return [
+        {"step": step, "prompt": sample.prompt, "text": sample.text.removeprefix(sample.prompt)} for sample in samples
+    ]
 
 
 def _record(samples: list[dict[str, Any]], path: Path) -> None:

@@ -296,6 +296,10 @@ def _show(value: float | None, format_value: Callable[[float], str]) -> str:
 
 
 def _show_field(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_show_field(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 

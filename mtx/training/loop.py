@@ -86,13 +86,12 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
             Reporter(directory.path, total_steps=total_steps, start_step=start or 0, quiet=quiet, is_primary=is_primary)
         )
         preemption = stack.enter_context(Preemption(num_processes=jax.process_count()))
+        parameters, kind = count_parameters(run.model), jax.devices()[0].device_kind
+        mesh = {axis: size for axis, size in axis_sizes(setup.mesh).items() if size > 1}
         if is_primary:
-            device = jax.devices()[0].device_kind
-            parameters = count_parameters(run.model)
-            journal.record(
-                "start", devices=setup.mesh.size, device_kind=device, mesh=axis_sizes(setup.mesh), parameters=parameters
-            )
-
+            journal.record("start", devices=setup.mesh.size, device_kind=kind, mesh=mesh, parameters=parameters)
+        layout = ", ".join(f"{axis} {size}" for axis, size in mesh.items()) or "one device"
+        reporter.message(f"{directory.path}: {parameters:,} parameters, {total_steps:,} steps, on {kind} ({layout})")
         if start is None:
             state = setup.initialize()
         else:
