@@ -69,7 +69,7 @@ def reference_logits(config: schema.Model, params: Any, tokens: jax.Array) -> ja
     return _norm(config, params["final_norm"], x) @ head.T
 
 
-def reference_loss(config: schema.Model, params: Any, tokens: jax.Array) -> jax.Array:
-    """Mean cross entropy of the next token, nats."""
+def reference_loss(config: schema.Model, params: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted mean cross entropy of the next token, nats."""
     log_p = jax.nn.log_softmax(reference_logits(config, params, tokens[:, :-1]))
-    return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
+    return -(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0] * weights).sum() / weights.sum()

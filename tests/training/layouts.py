@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from tiny import ALIBI, GPT, LLAMA, loss_and_gradients, make_params, make_setup, make_tokens, worst_error
+from tiny import ALIBI, GPT, LLAMA, make_params, make_program, make_setup, make_tokens, worst_error
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data8": {"mesh": {"data": 8}},
@@ -57,7 +57,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 def compute(model: dict[str, Any], train: dict[str, Any], layout: dict[str, Any]) -> tuple[float, Any]:
     """Loss and gradients of the first batch."""
     setup = make_setup(model, **{**layout, "train": {**train, **layout.get("train", {})}})
-    return loss_and_gradients(setup, make_params(setup), {"tokens": make_tokens(vocab_size=model["vocab_size"])})
+    return make_program(setup)(make_params(setup), {"tokens": make_tokens(vocab_size=model["vocab_size"])})
 
 
 def main(name: str) -> None:
