@@ -56,6 +56,7 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
     import numpy as np
     from jax.sharding import NamedSharding
 
+    from mtx.health.revision import find_git_revision
     from mtx.models import count_parameters
     from mtx.planning.flops import model_flops_per_token
     from mtx.planning.hardware import find_gpu
@@ -115,6 +116,8 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
     memory = step.memory_analysis()
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "environment": {name: os.environ[name] for name in ("GLIBC_TUNABLES", "XLA_FLAGS") if name in os.environ},
+        "git_revision": find_git_revision(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": device.device_kind},
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
