@@ -1,4 +1,4 @@
-"""The decoder against an independent one, on one device: loss, gradients, causality, documents, memory-saving options."""
+"""The decoder against an independent one, on one device: loss, gradients, causality, documents, ways to compute it."""
 
 from __future__ import annotations
 
