@@ -6,12 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from programs import run as run_program
 from safetensors.numpy import load_file, save_file
 
 from mtx.cli import main
+from mtx.config.schema import RopeScaling
 from mtx.errors import UserError
 from mtx.inference.layout import open_run
 from mtx.interop.importing import import_run
@@ -135,6 +137,26 @@ def test_imported_numbers_are_those_of_the_files(tmp_path):
     np.testing.assert_array_equal(params["head"]["table"], tensors["lm_head.weight"])
     key = params["layers"]["attention"]["key"]["weight"]
     np.testing.assert_array_equal(key[1], tensors["transformer.h.1.attn.c_attn.weight"][:, 32:64])
+
+
+@pytest.mark.parametrize("keys", ["new", "old"])
+def test_half_precision_and_stretched_positions(keys, tmp_path):
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    new: dict[str, object] = {"rope_parameters": {**scaling, "rope_type": "llama3", "rope_theta": 5e5}}
+    old: dict[str, object] = {
+        "rope_parameters": ...,
+        "rope_theta": 500000,
+        "rope_scaling": {**scaling, "type": "llama3"},
+    }
+    folder = copy_folder("llama", tmp_path / "hf", **(new if keys == "new" else old))
+    dtype = ml_dtypes.bfloat16 if keys == "new" else np.float16
+    tensors = {name: values.astype(dtype) for name, values in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    model = import_run(folder, tmp_path / "run").config().run.model
+    assert model.rope_theta == 5e5
+    assert model.rope_scaling == RopeScaling(factor=8.0, original_max_seq_len=32)
+    up = open_run(tmp_path / "run").params["layers"]["feedforward"]["up"]["weight"]
+    np.testing.assert_array_equal(up[1], tensors["model.layers.1.mlp.up_proj.weight"].T.astype(np.float32))
 
 
 @pytest.mark.parametrize(
