@@ -94,7 +94,8 @@ class Forward:
             site = None if dropout is None else dropout.at(index)
             return self._bind_layer(weights)(x_BTD, sequence, table, context, site, tap, cache, start)
 
-        apply_layer = rematerialize(apply_layer, recompute, tuple(a for a in ("fsdp",) if a in context.comm.live))
+        regathered = tuple(axis for axis in ("fsdp",) if axis in context.comm.live)
+        apply_layer = rematerialize(apply_layer, recompute, regathered, scanned=setup.scans_layers)
         # Sites of the layers start at 1: site 0 is the embedding's.
         x_BTD = model.embed(tokens_BT, sequence, context, None if dropout is None else dropout.at(0))
         shared = (sequence, table, dropout, start)

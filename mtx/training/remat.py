@@ -24,13 +24,16 @@ def tap_for(recompute: str) -> Tap:
     return (lambda name, value: checkpoint_name(value, name)) if recompute == "selective" else no_tap
 
 
-def rematerialize(layer: Callable[..., Any], recompute: str, regathered: tuple[str, ...]) -> Callable[..., Any]:
+def rematerialize(
+    layer: Callable[..., Any], recompute: str, regathered: tuple[str, ...], *, scanned: bool
+) -> Callable[..., Any]:
     """Applies the policy to a layer function.
 
     Args:
         layer: Pure function of arrays.
         recompute: `none`, `selective` or `full`.
         regathered: Mesh axes whose gathers must not be kept: those of ZeRO-3.
+        scanned: Whether the layer is the body of a loop.
     """
     policies = jax.checkpoint_policies
     if recompute == "full":
@@ -44,6 +47,6 @@ def rematerialize(layer: Callable[..., Any], recompute: str, regathered: tuple[s
             return not set(axes if isinstance(axes, tuple) else (axes,)) & set(regathered)
     else:
         return layer
-    # prevent_cse=False: the backward pass of a layer runs long after its forward pass, so XLA merges the two anyway
-    # only where that is harmless; with the barriers of prevent_cse=True the fusions around a layer would be lost.
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    # In line, a layer that is computed again equals the layer computed before: without a barrier XLA would merge the
+    # two and keep everything. In a loop the two are in different bodies, and a barrier would only cost fusions.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)

@@ -15,6 +15,7 @@ from reference import reference_loss
 from tiny import ALIBI, GPT, LLAMA, SEQ_LEN, Program, make_params, make_program, make_setup, make_tokens, worst_error
 
 from mtx.training.forward import Forward
+from mtx.training.step import make_loss_and_gradients
 
 MODELS: dict[str, dict[str, Any]] = {"gpt": GPT, "llama": LLAMA, "alibi": ALIBI}
 ENDS = (6, 11, SEQ_LEN + 1)
@@ -130,6 +131,30 @@ def test_how_it_is_computed_changes_nothing(plain, train):
     worst, error = worst_error(grads, expected_grads)
     assert error < TOLERANCE, worst
     assert other.abstract_state == setup.abstract_state  # a checkpoint of the one is a checkpoint of the other
+
+
+def lower(train: dict[str, Any]) -> Any:
+    setup = make_setup({**GPT, "num_layers": 4}, train=train)
+    inputs = setup.run.train.objective.inputs({"tokens": make_tokens()})
+    program = jax.jit(make_loss_and_gradients(setup))
+    return program.lower(setup.abstract_state["params"], inputs, jnp.float32(1), jax.random.key(0), None)
+
+
+def test_recomputation_saves_memory():
+    """Scanned; in line XLA's CPU compiler drops the barriers that keep what is computed again apart."""
+    none, selective, full = (
+        lower({"recompute": recompute, "scan_layers": True}).compile().memory_analysis().temp_size_in_bytes
+        for recompute in ("none", "selective", "full")
+    )
+    assert selective < 0.5 * none
+    assert full < 0.7 * selective
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_layers_in_line_have_a_barrier_each_against_merging(recompute):
+    assert lower({"recompute": recompute}).as_text().count("optimization_barrier") >= 4
+    assert "optimization_barrier" not in lower({"recompute": "none"}).as_text()
+    assert "optimization_barrier" not in lower({"recompute": recompute, "scan_layers": True}).as_text()
 
 
 def test_dropout_follows_its_key(plain):
