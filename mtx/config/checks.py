@@ -207,6 +207,11 @@ def _check_ramp(run: schema.Run, show: Show) -> Iterator[str]:
     ramp, batch = run.train.batch_ramp, show("Train.global_batch_size")
     if ramp is None:
         return
+    if run.train.microbatch_size is None:
+        yield (
+            "Train.batch_ramp needs Train.microbatch_size: the batch grows by more microbatches of one size; set it to "
+            "what each data shard computes at a time, such as 1"
+        )
     distance = run.train.global_batch_size - ramp.start
     if distance <= 0:
         yield f"BatchRamp.start = {ramp.start} must be below {batch}, where the ramp ends"

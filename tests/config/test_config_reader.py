@@ -130,7 +130,7 @@ def test_replaced_components_leave_no_mistake(write):
         ["Train.optimizer = @Lion()", "Lion.learning_rate = @WarmupCosine()", "WarmupCosine.peak = 0.1"],
         [
             *("Model.position = 'rotary'", "Model.rope_scaling = @RopeScaling()", "Train.batch_ramp = @BatchRamp()"),
-            *("BatchRamp.start = 2", "BatchRamp.increment = 3", "BatchRamp.tokens = 9"),
+            *("BatchRamp.start = 2", "BatchRamp.increment = 3", "BatchRamp.tokens = 9", "Train.microbatch_size = 1"),
         ],
     ],
 )
