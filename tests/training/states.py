@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hlo import read_collectives
 from tiny import GPT, make_setup, make_tokens
@@ -47,7 +48,8 @@ def main() -> None:
         setup = make_setup(MODEL, **sections)
         state = setup.initialize()
         shares = describe(setup, state)
-        values = jax.tree.map(np.array, state["params"])  # copies: a view would keep the buffers from being donated
+        # Of a copy: an array that was read keeps a view of its buffers on the host, which then are not donated.
+        values = jax.tree.map(lambda leaf: np.array(jnp.copy(leaf)), state["params"])
         first = values if first is None else first
         batch = {"tokens": make_tokens(batch=32), "learning_rate": np.float32(1e-3)}
         compiled = make_train_step(setup).lower(state, batch).compile()
