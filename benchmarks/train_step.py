@@ -76,6 +76,8 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
     begin = time.perf_counter()
     step = make_train_step(setup).lower(state, batch).compile()
     compile_seconds = time.perf_counter() - begin
+    jax.block_until_ready(state)
+    seconds_to_ready = time.perf_counter() - BEGIN
     state, metrics = step(state, batch)
     first_loss = float(metrics["loss"])
     seconds_to_first_step = time.perf_counter() - BEGIN
@@ -131,6 +133,7 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
         "matmul_tflops_per_device": {"median": statistics.median(ceilings) / 1e12, "max": ceiling / 1e12},
         "share_of_matmul_ceiling": flops / median / ceiling,
         "compile_seconds": compile_seconds,
+        "seconds_to_ready": seconds_to_ready,
         "seconds_to_first_step": seconds_to_first_step,
         "state_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
