@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtx.sharding import Placement, Rules
+from mtx.sharding import Placement, Rules, mesh_axes
 
 
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
@@ -72,6 +72,10 @@ class Comm:
     def _extra(self, finer: str, coarser: str) -> tuple[str, ...]:
         return tuple(a for a in self.axes(finer) if a not in self.axes(coarser))
 
+    def share_axis(self, name: str, other: str) -> bool:
+        """Whether a mesh axis shards both logical axes."""
+        return bool(set(self.axes(name)) & set(self.axes(other)))
+
     def varying(self, tree: Any) -> Any:
         """Marks a tree as differing over all live axes."""
         return cast_varying(tree, self.live)
@@ -106,6 +110,40 @@ class Comm:
             raise ValueError(f"{contracted!r} is sharded over {summed}, but {target!r} adds {split} to {source!r}")
         return lax.psum_scatter(x, summed, scatter_dimension=dim, tiled=True)
 
+    def gather_all(self, x: jax.Array, name: str, dim: int) -> jax.Array:
+        """Joins all shards of a logical axis, in the order of their index."""
+        return lax.all_gather(x, self.axes(name), axis=dim, tiled=True) if self.axes(name) else x
+
+    def pass_on(self, tree: Any, name: str, by: int = 1) -> Any:
+        """Sends arrays `by` shards further round the ring of a logical axis, and receives those from behind."""
+        axes, count = self.axes(name), self.size(name)
+        if not axes:
+            return tree
+        ring = [(i, (i + by) % count) for i in range(count)]
+        return jax.tree.map(lambda x: lax.ppermute(cast_varying(x, axes), axes, ring), tree)
+
+    def exchange(self, x: jax.Array, name: str, split_dim: int, join_dim: int) -> jax.Array:
+        """All-to-all: piece i of `split_dim` goes to shard i, and what the shards sent is joined along `join_dim`."""
+        axes = self.axes(name)
+        return lax.all_to_all(cast_varying(x, axes), axes, split_dim, join_dim, tiled=True) if axes else x
+
+    def places(self, length: int) -> jax.Array:
+        """int32 [length]: the place in its row of each token of this device's shard of `seq`.
+
+        A shard holds two slices of a row, one as far from the front as the other is from the back ("zigzag"): so
+        under a causal mask all shards have the same work.
+        """
+        shards, index, half = self.size("seq"), self.index("seq"), length // 2
+        if shards == 1:
+            return jnp.arange(length, dtype=jnp.int32)
+        slice_T = jnp.arange(half, dtype=jnp.int32)
+        return jnp.concatenate([index * half + slice_T, (2 * shards - 1 - index) * half + slice_T])
+
+    def cut_sequence(self, x: jax.Array, dim: int) -> jax.Array:
+        """This device's shard of `seq`, of whole rows; the tokens that `places` names."""
+        length = x.shape[dim] // self.size("seq")
+        return jnp.take(x, self.places(length), axis=dim) if self.axes("seq") else x
+
     def sum(self, x: jax.Array, name: str) -> jax.Array:
         """Sum over the shards of a logical axis."""
         return lax.psum(x, self.axes(name)) if self.axes(name) else x
@@ -116,13 +154,14 @@ class Comm:
         return lax.pmax(x, self.axes(name)) if self.axes(name) else x
 
     def share(self, x: jax.Array) -> jax.Array:
-        """This device's share of a value: one that several devices hold is divided among them."""
+        """This device's share of a value: of several devices that hold the same one, the first has all of it."""
         copies = tuple(a for a in self.live if a not in varying_axes(x))
-        return cast_varying(x, copies) / math.prod(self.sizes[a] for a in copies)
+        return jnp.where(lax.axis_index(copies) == 0, x, 0) if copies else x
 
-    def sum_shares(self, x: jax.Array) -> jax.Array:
-        """The whole of what `share` divided: a sum over all devices."""
-        return lax.psum(x, self.live) if self.live else x
+    def sum_shares(self, x: jax.Array, *kept: str) -> jax.Array:
+        """The whole of what `share` divided: a sum over all devices, but for the shards of the `kept` logical axes."""
+        axes = tuple(a for a in self.live if a not in {a for name in kept for a in self.axes(name)})
+        return lax.psum(x, axes) if axes else x
 
     def average_copies(self, x: jax.Array, *names: str) -> jax.Array:
         """Makes a value that is equal on all devices but for the shards of the named axes known to be so."""
@@ -130,14 +169,18 @@ class Comm:
         copies = tuple(a for a in varying_axes(x) if a not in wanted)
         return lax.pmean(x, copies) if copies else x
 
+    def join(self, x: jax.Array, name: str, dim: int) -> jax.Array:
+        """Joins the shards of a logical axis into an array that is known to be equal on all of them."""
+        axes = self.axes(name)
+        if not axes:
+            return x
+        whole = [x.shape[d] * (self.size(name) if d == dim else 1) for d in range(x.ndim)]
+        here = lax.dynamic_update_slice_in_dim(jnp.zeros(whole, x.dtype), x, self.index(name) * x.shape[dim], dim)
+        return lax.psum(cast_varying(here, axes), axes)
+
     def join_copies(self, x: jax.Array, name: str, dim: int) -> jax.Array:
         """Joins the shards of a logical axis into an array that is known to be equal on all devices that hold it."""
-        axes = self.axes(name)
-        if axes:
-            whole = [x.shape[d] * (self.size(name) if d == dim else 1) for d in range(x.ndim)]
-            here = lax.dynamic_update_slice_in_dim(jnp.zeros(whole, x.dtype), x, self.index(name) * x.shape[dim], dim)
-            x = lax.psum(cast_varying(here, axes), axes)
-        return self.average_copies(x, "batch", "seq")
+        return self.average_copies(self.join(x, name, dim), "batch", "seq")
 
     def gather_for_step(self, w: jax.Array, placement: Placement) -> jax.Array:
         """A weight with the pieces joined that ZeRO-2 split."""
@@ -161,8 +204,7 @@ class Comm:
             g = lax.psum_scatter(
                 self.varying(g), placement.step_axes, scatter_dimension=placement.split_dim, tiled=True
             )
-        sharded = {a for part in placement.storage for a in ((part,) if isinstance(part, str) else part or ())}
-        summed = tuple(a for a in self.live if a not in sharded)
+        summed = tuple(a for a in self.live if a not in (*mesh_axes(placement.storage), *placement.stack_axes))
         return lax.psum(cast_varying(g, summed), summed) if summed else g
 
 

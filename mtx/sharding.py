@@ -9,6 +9,7 @@ Invariant: a mesh axis shards at most one dim of an array, and only axes with mo
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +25,9 @@ from mtx.errors import UserError
 Rules = dict[str, tuple[str, ...]]
 """Logical axis -> live mesh axes; empty where nothing shards it."""
 
-ZERO_AXES = ("fsdp", "data")
-"""Axes that split parameters only to save memory, in the order in which they divide a dim: `data`, gathered first, is
-the minor one, so that each gather joins neighbouring pieces."""
+ZERO_AXES = ("fsdp", "data", "expert", "context")
+"""Axes that split parameters only to save memory, in the order in which they divide a dim: those that are gathered
+first, once a step, are the minor ones, so that each gather joins neighbouring pieces."""
 
 _MEGATRON: dict[str, tuple[str, ...]] = {
     "layers": ("pipe",),
@@ -37,6 +38,7 @@ _MEGATRON: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "router": (),
     "batch": ("data", "fsdp", "expert"),
     "seq": ("context",),
     "seq_sp": ("context", "tensor"),
@@ -86,10 +88,11 @@ class Placement:
         compute: Spec of the weight that a layer multiplies with.
         storage: Spec of the weight in the training state.
         optimizer: Spec of its moments, and of the update.
-        is_matrix: Whether it has two dims or more besides `layers`.
+        is_matrix: Whether it has two dims or more besides `layers` and `experts`.
         split_dim: The dim that `layer_axes` and `step_axes` split, or None.
         layer_axes: Mesh axes gathered anew at each use of the weight (ZeRO-3).
         step_axes: Mesh axes gathered once at the start of a step (ZeRO-2).
+        stack_axes: Mesh axes over which the stack is split that this is one layer of; empty for a whole parameter.
     """
 
     compute: P
@@ -99,6 +102,7 @@ class Placement:
     split_dim: int | None
     layer_axes: tuple[str, ...]
     step_axes: tuple[str, ...]
+    stack_axes: tuple[str, ...] = ()
 
     def of_one_layer(self) -> Placement:
         """Where a single layer's slice of a stacked parameter lives."""
@@ -112,7 +116,13 @@ class Placement:
             storage=rest(self.storage),
             optimizer=rest(self.optimizer),
             split_dim=None if self.split_dim is None else self.split_dim - 1,
+            stack_axes=mesh_axes(self.compute[:1]),
         )
+
+
+def mesh_axes(spec: Any) -> tuple[str, ...]:
+    """All mesh axes that a spec names."""
+    return tuple(a for part in spec for a in ((part,) if isinstance(part, str) else part or ()))
 
 
 def _spec(parts: list[tuple[str, ...]]) -> P:
@@ -127,24 +137,24 @@ def place(shape: tuple[int, ...], axes: tuple[str, ...], rules: Rules, sizes: di
     """
     parts = [rules[name] for name in axes]
     used: dict[str, str] = {}
-    for size, name, mesh_axes in zip(shape, axes, parts):
-        for axis in mesh_axes:
+    for size, name, over in zip(shape, axes, parts):
+        for axis in over:
             if axis in used:
                 raise UserError(f"rules shard both {used[axis]!r} and {name!r} of a parameter over {axis!r}: {axes}")
             used[axis] = name
-        if size % math.prod(sizes[a] for a in mesh_axes):
-            raise UserError(f"a parameter's {name!r} dim of {size} does not divide over {mesh_axes} of {sizes}")
-    wanted = tuple(a for a in ZERO_AXES if sizes[a] > 1 and (a == "fsdp" or zero > 0))
+        if size % math.prod(sizes[a] for a in over):
+            raise UserError(f"a parameter's {name!r} dim of {size} does not divide over {over} of {sizes}")
+    wanted = tuple(a for a in ZERO_AXES if sizes[a] > 1 and (a == "fsdp" or zero > 0) and a not in used)
     split_dim: int | None = None
     split: tuple[str, ...] = ()
-    matrix_dims = [d for d, name in enumerate(axes) if name != "layers"]
-    is_matrix = len(matrix_dims) > 1
+    is_matrix = sum(name not in ("layers", "experts") for name in axes) > 1
     if is_matrix:  # gains and biases are too small to be worth a gather
-        candidates: list[tuple[str, ...]] = [wanted, *((a,) for a in wanted)]
-        for candidate in candidates:
-            over = math.prod(sizes[a] for a in candidate)
-            fits = [d for d in matrix_dims if shape[d] // math.prod(sizes[a] for a in parts[d]) % over == 0]
-            if candidate and fits:
+        subsets = (c for n in range(len(wanted), 0, -1) for c in itertools.combinations(wanted, n))
+        for candidate in sorted(subsets, key=lambda axes: -math.prod(sizes[a] for a in axes)):
+            pieces = math.prod(sizes[a] for a in candidate)
+            local = [size // math.prod(sizes[a] for a in over) for size, over in zip(shape, parts)]
+            fits = [d for d, name in enumerate(axes) if name != "layers" and local[d] % pieces == 0]
+            if fits:
                 split_dim, split = fits[0], candidate
                 break
 
@@ -152,7 +162,7 @@ def place(shape: tuple[int, ...], axes: tuple[str, ...], rules: Rules, sizes: di
         return _spec([p + added if d == split_dim else p for d, p in enumerate(parts)])
 
     layer_axes = tuple(a for a in split if a == "fsdp")
-    step_axes = tuple(a for a in split if a == "data" and zero == 2)
+    step_axes = tuple(a for a in split if a != "fsdp" and zero == 2)
     return Placement(
         compute=_spec(parts),
         storage=with_split(layer_axes + step_axes),

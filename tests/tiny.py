@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtx.config import schema
@@ -39,6 +38,7 @@ def make_run(model: dict[str, Any], **sections: dict[str, Any]) -> schema.Run:
     return schema.Run(
         model=schema.Model(**model),
         mesh=schema.Mesh(**{"data": 1, **sections.get("mesh", {})}),
+        pipeline=schema.Pipeline(**sections.get("pipeline", {})),
         rules=schema.Rules(**sections.get("rules", {})),
         precision=schema.Precision(**sections.get("precision", {})),
         train=schema.Train(**{**train, **sections.get("train", {})}),
@@ -83,14 +83,13 @@ def make_program(setup: Setup) -> Program:
     objective: Any = setup.run.train.objective
 
     def compute(params: Any, batch: dict[str, np.ndarray], seed: int = 1) -> tuple[float, Any]:
-        inputs = objective.inputs(batch)
-        inputs["rows"] = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
-        weight, key = inputs["weights"].sum(), jax.random.key(seed)
-        loss, grads = program(jax.device_put(params, shardings), inputs, weight, key, None)
+        batch = {**batch, "rows": np.arange(len(batch["tokens"]), dtype=np.int32)}
+        weight, key = objective.inputs(batch)["weights"].sum(), jax.random.key(seed)
+        sums, grads = program(jax.device_put(params, shardings), batch, weight, key, None)
         for g, sharding in zip(jax.tree.leaves(grads), jax.tree.leaves(shardings)):
             assert g.sharding.is_equivalent_to(sharding, g.ndim), (g.sharding, sharding)
-            assert g.dtype == jnp.float32
-        return float(loss), jax.tree.map(np.asarray, grads)
+            assert g.dtype == np.float32
+        return float(sums["loss"]), jax.tree.map(np.asarray, grads)
 
     return compute
 

@@ -2,6 +2,7 @@
 
 LOGICAL_AXES = (
     "layers", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "experts", "batch",
+    "router",  # the router's outputs: all experts, on every device
     "seq",  # the sequence inside attention and MLP
     "seq_sp",  # the sequence between blocks
     "positions",  # rows of a table of learned positions

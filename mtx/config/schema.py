@@ -89,6 +89,27 @@ class Model:
     rope_scaling: RopeScaling | None = setting(None, doc="stretching of the rotary frequencies; None: none")
     tie_embeddings: bool = setting(True, drift=IMPOSSIBLE, doc="the head uses the embedding's matrix")
     use_bias: bool = setting(True, drift=IMPOSSIBLE, doc="biases in linear layers and in LayerNorm")
+    num_experts: int = setting(0, low=0, drift=IMPOSSIBLE, doc="routed experts of a layer (E); 0: dense")
+    experts_per_token: int = setting(0, low=0, drift=IMPOSSIBLE, doc="experts that each token is sent to; 0: dense")
+    expert_d_ff: int | None = setting(None, low=1, drift=IMPOSSIBLE, doc="width of an expert; None: that of the MLP")
+    expert_every: int = setting(1, low=1, drift=IMPOSSIBLE, doc="every n-th layer has experts, the others an MLP")
+    first_dense_layers: int = setting(0, low=0, drift=IMPOSSIBLE, doc="layers at the beginning without experts")
+    num_shared_experts: int = setting(0, low=0, drift=IMPOSSIBLE, doc="experts that every token is sent to, besides")
+    expert_capacity_factor: float | None = setting(
+        None,
+        low=0.0,
+        doc="slots of an expert per sequence, times experts_per_token * tokens / num_experts; what does not fit is "
+        "dropped; None: dropless",
+    )
+    router_score: Literal["softmax", "sigmoid"] = setting("softmax", doc="from the router's logits to weights")
+    normalize_expert_weights: bool | None = setting(
+        None, doc="whether the weights of a token's experts sum to one; None: if there are two or more"
+    )
+    load_balance_loss: float = setting(0.0, low=0.0, doc="coefficient of the balance loss of each sequence; 0: off")
+    router_z_loss: float = setting(0.0, low=0.0, doc="coefficient of the mean squared logsumexp of router logits")
+    expert_bias_rate: float = setting(
+        0.0, low=0.0, doc="step of the biases that balance experts without a loss (arXiv 2408.15664); 0: no biases"
+    )
     init_std: float = setting(0.02, low=0.0, drift=FREE, doc="std of the normal initializer of weights and embeddings")
 
     @property
@@ -111,6 +132,16 @@ class Model:
         """Whether the MLP multiplies its hidden layer by a gate."""
         return self.activation in ("swiglu", "geglu")
 
+    @property
+    def layer_stacks(self) -> tuple[str, ...]:
+        """For each layer the name of the stack that its parameters are in: `layers`, or `expert_layers` with experts."""
+
+        def routed(layer: int) -> bool:
+            place = layer + 1 - self.first_dense_layers
+            return self.num_experts > 0 and place > 0 and place % self.expert_every == 0
+
+        return tuple("expert_layers" if routed(layer) else "layers" for layer in range(self.num_layers))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
@@ -125,6 +156,17 @@ class Mesh:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """How layers and microbatches go through the stages of `Mesh.pipe`. Without stages nothing of it has an effect."""
+
+    virtual_stages: int = setting(1, low=1, drift=FREE, doc="chunks of layers per stage (interleaved 1F1B)")
+    schedule: Literal["1f1b"] = setting("1f1b", drift=FREE, doc="order of forward and backward passes")
+    head: Literal["sharded", "last"] = setting(
+        "sharded", drift=FREE, doc="who computes head and loss: all stages a part of the vocabulary, or the last one"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """From logical axes to mesh axes."""
 
@@ -132,7 +174,9 @@ class Rules:
         True, drift=FREE, doc="between blocks, activations are split over `tensor` along the sequence"
     )
     zero: Literal[0, 1, 2] = setting(
-        2, drift=FREE, doc="sharded over `data`: 0 nothing, 1 optimizer state, 2 also gradients and fp32 weights"
+        2,
+        drift=FREE,
+        doc="split over `data`, `expert` and `context`: 0 nothing, 1 optimizer state, 2 also gradients and fp32 weights",
     )
     overrides: dict[str, str | tuple[str, ...] | None] = setting(
         {}, drift=FREE, doc="logical axis -> mesh axes, instead of the preset's, e.g. {'vocab': None}"
@@ -187,6 +231,9 @@ class Train:
     attention: Literal["auto", "xla", "cudnn"] = setting(
         "auto", drift=FREE, doc="attention kernel; auto: cuDNN on a GPU where it supports the shape and the mask"
     )
+    context_exchange: Literal["ring", "all_to_all"] = setting(
+        "ring", drift=FREE, doc="attention over Mesh.context: keys go round in a ring, or heads are split (Ulysses)"
+    )
     dropout: float = setting(0.0, low=0.0, high=0.999, doc="probability on the embeddings and both residual branches")
     objective: Objective | None = setting(None, doc="what is learned; None: @Causal()")
     optimizer: Optimizer | None = setting(None, doc="None: @AdamW()")
@@ -234,6 +281,7 @@ class Run:
 
     model: Model
     mesh: Mesh
+    pipeline: Pipeline
     rules: Rules
     precision: Precision
     train: Train

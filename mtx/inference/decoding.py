@@ -126,11 +126,11 @@ class Generator:
             def score_next(tokens_BS: jax.Array, length: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
                 last = length - 1
                 if caches is None:
-                    x_BTD, _ = forward.hidden(model, prepared, {"tokens": tokens_BS})
+                    x_BTD, _, _ = forward.hidden(model, prepared, {"tokens": tokens_BS})
                     return logits_at(x_BTD, last), None
                 tokens_B1 = lax.dynamic_slice_in_dim(tokens_BS, last, 1, axis=1)
                 inputs = {"tokens": tokens_B1, "positions": last[None, None]}
-                x_B1D, caches = forward.hidden(model, prepared, inputs, caches=caches, start=last)
+                x_B1D, caches, _ = forward.hidden(model, prepared, inputs, caches=caches, start=last)
                 return logits_at(x_B1D, 0), caches
 
             def add_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,7 +144,7 @@ class Generator:
             if self.use_cache:
                 # What the padding behind the prompt leaves in the caches is hidden until it is written over.
                 caches = forward.empty_caches(*tokens_BS.shape)
-                _, caches = forward.hidden(model, prepared, {"tokens": tokens_BS[:, :prompt_size]}, caches=caches)
+                _, caches, _ = forward.hidden(model, prepared, {"tokens": tokens_BS[:, :prompt_size]}, caches=caches)
             ended_B = jnp.zeros(tokens_BS.shape[0], bool)
             tokens_BS, length, _, _ = lax.while_loop(
                 lambda carry: (carry[1] < end) & ~carry[2].all(), add_token, (tokens_BS, length, ended_B, caches)

@@ -55,6 +55,7 @@ def _make_config(model: schema.Model, source: str, overrides: Sequence[str]) -> 
     run = schema.Run(
         model=model,
         mesh=schema.Mesh(),
+        pipeline=schema.Pipeline(),
         rules=schema.Rules(),
         precision=schema.Precision(),
         train=schema.Train(steps=0, seq_len=model.max_seq_len, global_batch_size=1),

@@ -1,6 +1,6 @@
 """Model families. The directory is the registry: `Model.family` names a file here, which defines `Model` and `Layer`.
 
-A family's `Model(rngs, config)` has `layers`, a stack of its `Layer`, and the methods `embed`, `rotary_table`, `loss`
+A family's `Model(rngs, config)` has a stack of its `Layer` for each name in `config.layer_stacks`, and the methods `embed`, `rotary_table`, `loss`
 and `logits` of `mtx.models.decoder`, which is the one to read.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,13 +24,13 @@ class ModelDefinition:
     """A model without its arrays.
 
     Attributes:
-        whole: The model; its `layers` carry a leading dim.
-        layer: One layer, whose parameters are a slice of `whole`'s.
+        whole: The model; the leaves of its stacks of layers carry a leading dim.
+        layers: For each stack (`schema.Model.layer_stacks`) one layer, whose parameters are a slice of the stack.
     """
 
     config: schema.Model
     whole: Definition
-    layer: Definition
+    layers: dict[str, Definition]
 
     def initialize(self, key: jax.Array) -> Params:
         """Draws every parameter, float32. Pure; the draw depends on the key alone."""
@@ -52,7 +53,9 @@ def define_model(config: schema.Model) -> ModelDefinition:
     return ModelDefinition(
         config=config,
         whole=define(lambda rngs: family.Model(rngs, config)),
-        layer=define(lambda rngs: family.Layer(rngs, config)),
+        layers={
+            name: define(partial(family.Layer, config=config, stack_name=name)) for name in set(config.layer_stacks)
+        },
     )
 
 

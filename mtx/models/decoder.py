@@ -9,15 +9,18 @@ Architecture only: no mesh axis, no collective, no recompute policy is decided h
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from mtx.config import schema
 from mtx.nn.attention import Attention, Cache
-from mtx.nn.context import Context, Dropout, Sequence, Tap, drop
+from mtx.nn.context import Context, Dropout, Extras, Sequence, Tap, drop
 from mtx.nn.embedding import Embedding, LearnedPositions
+from mtx.nn.experts import Experts
 from mtx.nn.feedforward import FeedForward
-from mtx.nn.loss import cross_entropy
+from mtx.nn.loss import Rows, cross_entropy
 from mtx.nn.norm import Norm
 from mtx.nn.param import Module, Rngs, param, stack
 from mtx.nn.position import rotary_table
@@ -26,13 +29,13 @@ RotaryTable = tuple[jax.Array, jax.Array]
 
 
 class Layer(Module):
-    """Two residual branches."""
+    """Two residual branches. In the stack `expert_layers` the second one sends each token to a few of many MLPs."""
 
-    def __init__(self, rngs: Rngs, config: schema.Model):
+    def __init__(self, rngs: Rngs, config: schema.Model, stack_name: str):
         self.attention_norm = Norm(rngs, config)
         self.attention = Attention(rngs, config)
         self.feedforward_norm = Norm(rngs, config)
-        self.feedforward = FeedForward(rngs, config)
+        self.feedforward = Experts(rngs, config) if stack_name == "expert_layers" else FeedForward(rngs, config)
 
     def __call__(
         self,
@@ -44,13 +47,13 @@ class Layer(Module):
         tap: Tap,
         cache: Cache | None = None,
         start: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D] sharded as `seq_sp` -> the same, and the cache with this layer's keys and values."""
+    ) -> tuple[jax.Array, Cache | None, Extras]:
+        """[B, T, D] sharded as `seq_sp` -> the same, the cache with this layer's keys and values, and the extras."""
         y_BTD = self.attention_norm(x_BTD, context.dtype)
         y_BTD, cache = self.attention(y_BTD, sequence, table, context, tap, cache, start)
         x_BTD = tap("after_attention", x_BTD + drop(dropout, 0, y_BTD, context.comm))
-        y_BTD = self.feedforward(self.feedforward_norm(x_BTD, context.dtype), context, tap)
-        return x_BTD + drop(dropout, 1, y_BTD, context.comm), cache
+        y_BTD, extras = self.feedforward(self.feedforward_norm(x_BTD, context.dtype), sequence, context, tap)
+        return x_BTD + drop(dropout, 1, y_BTD, context.comm), cache, extras
 
 
 class Head(Module):
@@ -62,7 +65,7 @@ class Head(Module):
 
 
 class Decoder(Module):
-    """Embedding, a stack of layers, and the head."""
+    """Embedding, one stack of layers or two (`schema.Model.layer_stacks`), and the head."""
 
     def __init__(self, rngs: Rngs, config: schema.Model):
         self.config = config
@@ -71,7 +74,10 @@ class Decoder(Module):
         self.positions = (
             LearnedPositions(rngs, config.max_seq_len, config.d_model, config.init_std) if learned else None
         )
-        self.layers = stack(lambda layer_rngs: Layer(layer_rngs, config), rngs, config.num_layers)
+        for name in sorted(set(config.layer_stacks), reverse=True):  # `layers` first
+            setattr(
+                self, name, stack(partial(Layer, config=config, stack_name=name), rngs, config.layer_stacks.count(name))
+            )
         self.final_norm = Norm(rngs, config)
         self.head = None if config.tie_embeddings else Head(rngs, config)
 
@@ -99,6 +105,7 @@ class Decoder(Module):
         weights_BT: jax.Array,
         context: Context,
         chunk_tokens: int | None = None,
+        rows: Rows | None = None,
     ) -> jax.Array:
         """This device's part of the weighted sum of cross entropies (nats); equal on devices that share its tokens.
 
@@ -107,16 +114,17 @@ class Decoder(Module):
             targets_BT: int32, sharded as `seq`.
             weights_BT: float32, sharded as `seq`.
             chunk_tokens: Tokens whose logits are in memory at a time.
+            rows: Which rows of the vocabulary the head has here; None: the shard of `vocab`.
         """
         comm = context.comm
         x_BTD, head_VD = self._finish(x_BTD, context)
-        if comm.axes("vocab"):
+        if comm.share_axis("vocab", "seq_sp"):  # then each device needs the tokens of those with other rows
             tokens_axis, x_BTD = "seq", comm.gather(x_BTD, "seq_sp", "seq", 1)
         else:
             tokens_axis = "seq_sp"
             targets_BT, weights_BT = (comm.split(a, "seq", "seq_sp", 1) for a in (targets_BT, weights_BT))
-        loss = cross_entropy(comm, x_BTD, head_VD, targets_BT, weights_BT, chunk_tokens)
-        return comm.average_copies(loss, "batch", tokens_axis)
+        loss = cross_entropy(comm, x_BTD, head_VD, targets_BT, weights_BT, chunk_tokens, rows)
+        return comm.average_copies(loss, "batch", tokens_axis, "layers")
 
     def logits(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """float32 [B, T, V], whole on every device, of the output of the last layer sharded as `seq_sp`."""

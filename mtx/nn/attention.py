@@ -156,7 +156,7 @@ class Attention(Module):
             start: int32, number of tokens in the cache; None: none, and queries see only this call's keys.
         """
         comm = context.comm
-        x_BTD = comm.gather(x_BTD, "seq_sp", "seq", 1)
+        x_BTD = tap("attention_in", comm.gather(x_BTD, "seq_sp", "seq", 1))
 
         def heads(projection: Linear) -> jax.Array:
             y = projection(x_BTD, context.dtype)
@@ -174,7 +174,7 @@ class Attention(Module):
             cache = (cached_k_BSKH, cached_v_BSKH)
             if start is not None:
                 k_BTKH, v_BTKH = cache
-        out_BTNH = self._core(q_BTNH, k_BTKH, v_BTKH, sequence, context, start)
+        out_BTNH = tap("attention_out", self._core(q_BTNH, k_BTKH, v_BTKH, sequence, context, start))
         partial_BTD = self.output.multiply(out_BTNH.reshape(*out_BTNH.shape[:2], -1), context.dtype)
         return self.output.add_bias(comm.reduce(partial_BTD, "heads", "seq", "seq_sp", 1)), cache
 

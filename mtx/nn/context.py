@@ -35,6 +35,7 @@ class Context:
         attention: `auto`, `xla` or `cudnn`.
         platform: Of the mesh's devices, `cpu` or `gpu`: which kernels there are.
         compute_capability: Of the mesh's GPUs, such as 9.0 for Hopper; None where it is not known.
+        context_exchange: How attention sees a sequence that is split over devices: `ring` or `all_to_all`.
     """
 
     comm: Comm
@@ -42,6 +43,14 @@ class Context:
     attention: str = "auto"
     platform: str = "cpu"
     compute_capability: float | None = None
+    context_exchange: str = "ring"
+
+
+Extras = dict[str, jax.Array]
+"""What a layer tells besides its output: `load_balance_loss` and `router_z_loss` (float32 [], means over the tokens of
+each sequence, summed over sequences), `expert_load` (float32 [E], tokens sent to each expert) and `dropped` (float32 [],
+those of them without a slot). Empty for layers without experts. This device's part: equal on devices that share its
+tokens, to be summed over the others."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +59,7 @@ class Sequence:
     """Where the tokens of a batch stand. Sequence dims are shards of `seq`, not of `seq_sp`.
 
     Attributes:
-        positions_BT: int32, place of each token in its document; None: the place in the row.
+        positions_BT: int32, place of each token in its document; None: the place in the row (`Comm.places`).
         segments_BT: int32, document of each token in its row, 0 for padding; None: one document.
         length: Tokens of a row on this device (static).
         visible_BT: bool, False for tokens that no token attends to (an attention mask); None: all are visible.
@@ -65,7 +74,7 @@ class Sequence:
         """int32 [B or 1, T]: the place of each token."""
         if self.positions_BT is not None:
             return self.positions_BT
-        return (comm.index("seq") * self.length + jnp.arange(self.length, dtype=jnp.int32))[None]
+        return comm.places(self.length)[None]
 
 
 @jax.tree_util.register_dataclass
@@ -89,8 +98,8 @@ class Dropout:
 
     def __call__(self, x_BTD: jax.Array, comm: Comm) -> jax.Array:
         """Drops values of an array whose sequence is sharded as between blocks (`seq_sp`)."""
-        length = x_BTD.shape[1]
-        places_T = comm.index("seq_sp") * length + jnp.arange(length)
+        shards = comm.size("seq_sp") // comm.size("seq")
+        places_T = comm.split(comm.places(x_BTD.shape[1] * shards), "seq", "seq_sp", 0)
 
         def keep(row: jax.Array, place: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.fold_in(self.key, row), place)

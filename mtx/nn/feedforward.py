@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from mtx.config.schema import Model
-from mtx.nn.context import Context, Tap
+from mtx.nn.context import Context, Extras, Sequence, Tap
 from mtx.nn.linear import Linear
 from mtx.nn.param import Module, Rngs
 
@@ -39,14 +39,14 @@ class FeedForward(Module):
         residual_std = std / (2 * config.num_layers) ** 0.5
         self.down = Linear(rngs, narrow, ("mlp", "embed"), std=residual_std, use_bias=config.use_bias)
 
-    def __call__(self, x_BTD: jax.Array, context: Context, tap: Tap) -> jax.Array:
-        """[B, T, D] sharded as `seq_sp` -> the same."""
+    def __call__(self, x_BTD: jax.Array, sequence: Sequence, context: Context, tap: Tap) -> tuple[jax.Array, Extras]:
+        """[B, T, D] sharded as `seq_sp` -> the same, and no extras."""
         comm, act = context.comm, ACTIVATIONS[self.activation]
-        x_BTD = comm.gather(x_BTD, "seq_sp", "seq", 1)
+        x_BTD = tap("mlp_in", comm.gather(x_BTD, "seq_sp", "seq", 1))
         hidden_BTF = tap("mlp_hidden", self.up(x_BTD, context.dtype))
         if self.gate is None:
             hidden_BTF = act(hidden_BTF)
         else:
             hidden_BTF = act(tap("mlp_gate", self.gate(x_BTD, context.dtype))) * hidden_BTF
         partial_BTD = self.down.multiply(hidden_BTF, context.dtype)
-        return self.down.add_bias(comm.reduce(partial_BTD, "mlp", "seq", "seq_sp", 1))
+        return self.down.add_bias(comm.reduce(partial_BTD, "mlp", "seq", "seq_sp", 1)), {}

@@ -1,13 +1,15 @@
 """A model's forward pass inside `shard_map`: from stored weights to the loss of a microbatch.
 
     prepared = prepare(stored weights)         once a step: cast to the compute dtype, gather what ZeRO-2 split
-    loss     = microbatch_loss(prepared, ...)  once a microbatch; ZeRO-3 gathers each layer's weights where it is used
+    inputs   = read(rows of the batch)         once a microbatch: what the objective shows and asks, this device's part
+    sums     = microbatch_sums(prepared, ...)  once a microbatch; ZeRO-3 gathers each layer's weights where it is used
 
 Layers run in line, or in a `lax.scan` over their stacked weights; checkpoints know the stacked form only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +18,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtx.nn.attention import Cache, empty_cache
-from mtx.nn.context import Dropout, Sequence
+from mtx.nn.context import Dropout, Extras, Sequence, Tap
 from mtx.nn.param import Params
 from mtx.sharding import Placement
 from mtx.training.remat import rematerialize, tap_for
-from mtx.training.state import Setup
+from mtx.training.state import Setup, without
+from mtx.training.sums import COUNTS, Sums
 
 Inputs = dict[str, jax.Array]
 """`tokens`, `targets`, `weights` [B, T], and where they apply `segments`, `positions`, `visible` [B, T], `rows` [B]."""
 
 
-def _without_layers(tree: Any) -> Any:
-    return {name: value for name, value in tree.items() if name != "layers"}
+def join_extras(extras: Rows[Extras]) -> Extras:
+    """Losses summed over layers, counts stacked [layers with experts, ...]."""
+    routed = [layer for layer in extras if layer]
+    if not routed:
+        return {}
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed)
+    return {name: value if name in COUNTS else value.sum(0) for name, value in stacked.items()}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Forward:
     def prepare(self, params: Params) -> Any:
         """Weights as microbatches use them: matrices in the compute dtype, with what ZeRO-2 split joined.
 
-        Gradients are taken by the result, whose `layers` are as `Setup.split_layers` leaves them.
+        Gradients are taken by the result, which is as `Setup.split_layers` leaves it.
         """
         comm, dtype = self.setup.context.comm, self.setup.context.dtype
 
@@ -49,15 +57,35 @@ class Forward:
 
         return jax.tree.map(one, self.setup.split_layers(comm.varying(params)), self.setup.split_placements)
 
+    def read(self, batch: Inputs) -> Inputs:
+        """What the objective makes of whole rows of a batch, cut to this device's part of the sequence."""
+        objective: Any = self.setup.run.train.objective
+        comm = self.setup.context.comm
+        inputs = {name: comm.cut_sequence(values, 1) for name, values in objective.inputs(batch).items()}
+        return inputs | {"rows": batch["rows"]} if "rows" in batch else inputs
+
+    def sequence(self, inputs: Inputs) -> Sequence:
+        """Where the tokens of a microbatch stand."""
+        length = inputs["tokens"].shape[1]
+        return Sequence(inputs.get("positions"), inputs.get("segments"), length, inputs.get("visible"))
+
+    def dropout(self, inputs: Inputs, key: jax.Array | None) -> Dropout | None:
+        """The dropout of a microbatch; None where there is none."""
+        rate = self.setup.run.train.dropout
+        return Dropout(key, inputs["rows"], rate) if key is not None and rate > 0 else None
+
     def bind(self, prepared: Any) -> Any:
-        """The model without its layers, its weights whole but for tensor parallelism."""
-        rest, placements = (_without_layers(tree) for tree in (prepared, self.setup.placements))
+        """The model without its layers, its weights whole but for tensor parallelism. Only what is given can be used."""
+        rest = without(prepared, ("line", *self.setup.definition.layers))
+        placements = {name: self.setup.placements[name] for name in rest}
         weights = jax.tree.map(self.setup.context.comm.gather_for_layer, rest, placements)
         return self.setup.definition.whole.bind(weights)
 
-    def _bind_layer(self, weights: Params) -> Any:
-        gathered = jax.tree.map(self.setup.context.comm.gather_for_layer, weights, self.setup.layer_placements)
-        return self.setup.definition.layer.bind(gathered)
+    def bind_layer(self, stack: str, weights: Params) -> Any:
+        """One layer of a stack."""
+        placements = self.setup.layer_placements[stack]
+        gathered = jax.tree.map(self.setup.context.comm.gather_for_layer, weights, placements)
+        return self.setup.definition.layers[stack].bind(gathered)
 
     def empty_caches(self, batch: int, length: int) -> Any:
         """The caches of all layers, stacked: room for `length` tokens in each of `batch` rows."""
@@ -73,56 +101,69 @@ class Forward:
         dropout: Dropout | None = None,
         caches: Any = None,
         start: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """Output of the last layer, [B, T, D] sharded as `seq_sp`, and the caches with the keys and values of `inputs`.
+    ) -> tuple[jax.Array, Any, Extras]:
+        """Through all layers, without a pipeline.
 
         Args:
-            caches: Keys and values of the tokens before these, where layers are scanned; None when not decoding.
+            caches: Keys and values of the tokens before these, stacked by layer; None when not decoding.
             start: int32, number of tokens in the caches; None: none.
+
+        Returns:
+            [B, T, D] sharded as `seq_sp`, the caches with the keys and values of `inputs`, and the joined extras.
         """
         setup, context = self.setup, self.setup.context
-        tokens_BT = inputs["tokens"]
-        sequence = Sequence(inputs.get("positions"), inputs.get("segments"), tokens_BT.shape[1], inputs.get("visible"))
+        sequence = self.sequence(inputs)
         table = model.rotary_table(sequence, context)
         recompute = setup.run.train.recompute
-        tap = tap_for(recompute)
-
-        def apply_layer(
-            weights: Params, x_BTD: jax.Array, index: jax.Array | int, cache: Cache | None, shared: Any
-        ) -> tuple[jax.Array, Cache | None]:
-            sequence, table, dropout, start = shared
-            site = None if dropout is None else dropout.at(index)
-            return self._bind_layer(weights)(x_BTD, sequence, table, context, site, tap, cache, start)
-
+        tap: Tap = tap_for(recompute)
         regathered = tuple(axis for axis in ("fsdp",) if axis in context.comm.live)
-        apply_layer = rematerialize(apply_layer, recompute, regathered, scanned=setup.scans_layers)
+
+        def make_layer(stack: str) -> Any:
+            def apply(
+                weights: Params, x_BTD: jax.Array, index: jax.Array | int, cache: Cache | None, shared: Any
+            ) -> tuple[jax.Array, Cache | None, Extras]:
+                sequence, table, dropout, start = shared
+                site = None if dropout is None else dropout.at(index)
+                layer = self.bind_layer(stack, weights)
+                return layer(x_BTD, sequence, table, context, site, tap, cache, start)
+
+            return rematerialize(apply, recompute, regathered, scanned=setup.scans_layers)
+
+        layers = {stack: make_layer(stack) for stack in setup.definition.layers}
         # Sites of the layers start at 1: site 0 is the embedding's.
-        x_BTD = model.embed(tokens_BT, sequence, context, None if dropout is None else dropout.at(0))
+        x_BTD = model.embed(inputs["tokens"], sequence, context, None if dropout is None else dropout.at(0))
         shared = (sequence, table, dropout, start)
-        num_layers = setup.run.model.num_layers
         if not setup.scans_layers:
-            assert caches is None
-            for index, weights in enumerate(prepared["layers"]):
-                x_BTD, _ = apply_layer(weights, x_BTD, index + 1, None, shared)
-            return x_BTD, None
+            new_caches, extras = [], []
+            for index, ((stack, _), weights) in enumerate(zip(setup.line, prepared["line"])):
+                cache = jax.tree.map(lambda a, index=index: a[index], caches)
+                x_BTD, cache, extra = layers[stack](weights, x_BTD, index + 1, cache, shared)
+                new_caches.append(cache)
+                extras.append(extra)
+            if caches is not None:
+                caches = jax.tree.map(lambda *slices: jnp.stack(slices), *new_caches)
+            return x_BTD, caches, join_extras(extras)
 
-        def visit(x_BTD: jax.Array, layer: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Cache | None]:
-            weights, index, cache = layer
-            return context.comm.varying(apply_layer(weights, x_BTD, index, cache, shared))
+        ((stack, layer),) = layers.items()
 
-        layers = (prepared["layers"], jnp.arange(1, num_layers + 1), caches)
-        return lax.scan(visit, context.comm.varying(x_BTD), layers)
+        def visit(x_BTD: jax.Array, xs: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Any]:
+            weights, index, cache = xs
+            x_BTD, cache, extra = layer(weights, x_BTD, index, cache, shared)
+            return context.comm.varying(x_BTD), (context.comm.varying(cache), extra)
 
-    def microbatch_loss(self, prepared: Any, inputs: Inputs, key: jax.Array | None) -> jax.Array:
-        """This device's part of the weighted loss sum of a microbatch, float32 nats.
+        xs = (prepared[stack], jnp.arange(1, setup.run.model.num_layers + 1), caches)
+        x_BTD, (caches, extra) = lax.scan(visit, context.comm.varying(x_BTD), xs)
+        return x_BTD, caches, {name: v if name in COUNTS else v.sum(0) for name, v in extra.items()}
+
+    def microbatch_sums(self, prepared: Any, inputs: Inputs, key: jax.Array | None) -> Sums:
+        """This device's part of the sums of a microbatch, float32.
 
         Args:
-            inputs: Local rows of the microbatch.
+            inputs: As `read` gives them.
             key: Of the step's dropout; None: no dropout.
         """
         model = self.bind(prepared)
-        rate = self.setup.run.train.dropout
-        dropout = Dropout(key, inputs["rows"], rate) if key is not None and rate > 0 else None
-        x_BTD, _ = self.hidden(model, prepared, inputs, dropout)
+        x_BTD, _, extras = self.hidden(model, prepared, inputs, self.dropout(inputs, key))
         chunk = self.setup.run.train.loss_chunk_tokens
-        return model.loss(x_BTD, inputs["targets"], inputs["weights"], self.setup.context, chunk)
+        loss = model.loss(x_BTD, inputs["targets"], inputs["weights"], self.setup.context, chunk)
+        return {"loss": loss, **extras}

@@ -6,6 +6,7 @@ alike. (`jit(optimizer.init)` without them would replicate the moments on every 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,8 @@ from mtx.nn.context import Context
 from mtx.nn.param import Params
 from mtx.optim.state import abstract_state
 from mtx.sharding import Rules, axis_sizes, make_rules, place_params, shardings
+from mtx.training.canonical import Canonical, stage_shapes
+from mtx.training.stages import Stages, assign_stages, stage_costs
 
 MOST_LAYERS_IN_LINE = 48
 
@@ -48,10 +51,31 @@ class Setup:
         return make_rules(self.run, self.mesh)
 
     @cached_property
+    def stages(self) -> Stages | None:
+        """Which layers each pipeline stage has; None without a pipeline."""
+        run, sizes = self.run, axis_sizes(self.mesh)
+        if sizes["pipe"] == 1:
+            return None
+        return assign_stages(
+            run.model.layer_stacks,
+            sizes["pipe"],
+            run.pipeline.virtual_stages,
+            **stage_costs(self.definition, run, head_on_last=run.pipeline.head == "last"),
+        )
+
+    @cached_property
+    def abstract_stacks(self) -> Params:
+        """The parameters as the state holds them: the model's, with the rows of stacks in the order of the stages."""
+        whole = self.definition.whole.params
+        return whole if self.stages is None else stage_shapes(self.stages, whole)
+
+    @cached_property
     def placements(self) -> Any:
         """A `Placement` per parameter."""
-        whole = self.definition.whole
-        return place_params(whole.params, whole.axes, self.rules, self.mesh, self.run.rules.zero)
+        return self._place(self.abstract_stacks)
+
+    def _place(self, params: Params) -> Any:
+        return place_params(params, self.definition.whole.axes, self.rules, self.mesh, self.run.rules.zero)
 
     @property
     def scans_layers(self) -> bool:
@@ -59,34 +83,57 @@ class Setup:
         wanted = self.run.train.scan_layers
         if wanted is not None:
             return wanted
+        if self.stages is not None or len(self.definition.layers) > 1:
+            return False
         # In line, weight gradients go straight into their accumulators and no weight is copied; past a few dozen
         # layers the program takes too long to compile.
         return self.run.model.num_layers > MOST_LAYERS_IN_LINE
 
+    @cached_property
+    def line(self) -> tuple[tuple[str, int], ...]:
+        """The layers of a device in the order in which they run: each one's stack, and its row in there.
+
+        With a pipeline: those of the first chunk, then those of the second, and so on.
+        """
+        if self.stages is not None:
+            order: tuple[str, ...] = self.stages.slots * self.stages.virtual_stages
+        else:
+            order = self.run.model.layer_stacks
+        return tuple((name, order[:place].count(name)) for place, name in enumerate(order))
+
     def split_layers(self, tree: Params) -> Any:
-        """`layers` as a list with one layer's slices each, where layers run in line; else the tree as it is."""
+        """The stacks replaced by `line`, a list of one layer's slices each, where layers run in line; else as it is."""
         if self.scans_layers:
             return tree
-        count = range(self.run.model.num_layers)
-        return {**tree, "layers": [jax.tree.map(lambda a, i=i: a[i], tree["layers"]) for i in count]}
+        line = [jax.tree.map(lambda a, row=row: a[row], tree[name]) for name, row in self.line]
+        return {**without(tree, self.definition.layers), "line": line}
 
     def join_layers(self, tree: Any) -> Params:
         """The inverse of `split_layers`."""
         if self.scans_layers:
             return tree
-        return {**tree, "layers": jax.tree.map(lambda *slices: jnp.stack(slices), *tree["layers"])}
+
+        def join(stack: str) -> Params:
+            rows = [layer for layer, (name, _) in zip(tree["line"], self.line) if name == stack]
+            return jax.tree.map(lambda *slices: jnp.stack(slices), *rows)
+
+        return {**without(tree, ("line",)), **{stack: join(stack) for stack in self.definition.layers}}
 
     @cached_property
-    def layer_placements(self) -> Any:
-        """A `Placement` per parameter of a single layer."""
-        return jax.tree.map(lambda placement: placement.of_one_layer(), self.placements["layers"])
+    def layer_placements(self) -> dict[str, Any]:
+        """For each stack a `Placement` per parameter of a single layer."""
+        return {
+            name: jax.tree.map(lambda placement: placement.of_one_layer(), self.placements[name])
+            for name in self.definition.layers
+        }
 
     @cached_property
     def split_placements(self) -> Any:
         """The placements of what `split_layers` returns."""
         if self.scans_layers:
             return self.placements
-        return {**self.placements, "layers": [self.layer_placements] * self.run.model.num_layers}
+        line = [self.layer_placements[name] for name, _ in self.line]
+        return {**without(self.placements, self.definition.layers), "line": line}
 
     @cached_property
     def context(self) -> Context:
@@ -99,6 +146,7 @@ class Setup:
             attention=self.run.train.attention,
             platform=device.platform,
             compute_capability=None if capability is None else float(capability),
+            context_exchange=self.run.train.context_exchange,
         )
 
     @cached_property
@@ -112,48 +160,60 @@ class Setup:
         """Over how many devices the sequences of a batch are split."""
         return self.context.comm.size("batch")
 
-    @cached_property
-    def _abstract_params(self) -> Params:
+    def _abstract_params(self, params: Params, placements: Any) -> Params:
         dtype = jnp.dtype(self.run.precision.params)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-            self.definition.whole.params,
-            shardings(self.placements, self.mesh, "storage"),
+            params,
+            shardings(placements, self.mesh, "storage"),
         )
+
+    def describe_state(self, params: Params, placements: Any) -> State:
+        """The state with these abstract parameters, in these places, as `jax.ShapeDtypeStruct` with shardings."""
+        replicated = NamedSharding(self.mesh, P())
+        arrays = self._abstract_params(params, placements)
+        moments = shardings(placements, self.mesh, "optimizer")
+        optimizer = abstract_state(self.transformation, arrays, moments, replicated)
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        return {"params": arrays, "optimizer": optimizer, "step": step}
 
     @cached_property
     def abstract_state(self) -> State:
-        """The state as `jax.ShapeDtypeStruct` with shardings: the target of init, of restoring and of the step."""
-        replicated = NamedSharding(self.mesh, P())
-        optimizer = abstract_state(
-            self.transformation,
-            self._abstract_params,
-            shardings(self.placements, self.mesh, "optimizer"),
-            replicated,
-        )
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-        return {"params": self._abstract_params, "optimizer": optimizer, "step": step}
+        """The state as `jax.ShapeDtypeStruct` with shardings: the target of init and of the step."""
+        return self.describe_state(self.abstract_stacks, self.placements)
 
     @cached_property
     def state_shardings(self) -> Any:
         """The sharding of each leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
+    @cached_property
+    def canonical(self) -> Canonical:
+        """The state as checkpoints hold it, whatever the layout: all layers in their order."""
+        return Canonical(self)
+
     def initialize(self, params: Params | None = None) -> State:
         """The state before the first update, drawn on the devices where it lives. Depends on `Train.seed` alone.
 
         Args:
-            params: Weights to start from (imported ones) instead of drawn ones: arrays with the state's shardings.
+            params: Weights to start from (imported ones) instead of drawn ones, as `canonical.abstract_state` has them.
         """
+        targets = self.canonical.abstract_state["params"]
 
         def draw(key: jax.Array) -> Params:
             drawn = self.definition.initialize(key)
-            return jax.tree.map(lambda leaf, target: leaf.astype(target.dtype), drawn, self._abstract_params)
+            return jax.tree.map(lambda leaf, target: leaf.astype(target.dtype), drawn, targets)
 
         shards = self.state_shardings
         if params is None:
             key = jax.random.key(self.run.train.seed)
-            params = jax.jit(draw, out_shardings=shards["params"])(key)
+            params = jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, targets))(key)
+        params = self.canonical.load({"params": params})["params"]
         optimizer = jax.jit(self.transformation.init, out_shardings=shards["optimizer"])(params)
         step = jax.jit(lambda: jnp.int32(0), out_shardings=shards["step"])()
         return {"params": params, "optimizer": optimizer, "step": step}
+
+
+def without(tree: Params, names: Iterable[str]) -> Params:
+    """A nested dict without some of its outermost names."""
+    return {name: value for name, value in tree.items() if name not in names}

@@ -1,7 +1,7 @@
 """The training step: one jitted, pure function of (state, batch), and its sibling for evaluation.
 
     weight    = sum of the loss weights of the global batch           known before any forward pass
-    loss, g   = shard_map(microbatches: forward, backward, add)       every collective written out
+    sums, g   = shard_map(microbatches: forward, backward, add)       every collective written out; so is a pipeline
                 each gradient reduced over its devices once, after the last microbatch
     direction = optimizer(g)                                          elementwise, on shards, under pjit
     params   -= learning rate * direction                             the rate is an input: no recompilation
@@ -22,18 +22,21 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mtx.collectives import cast_varying, varying_axes, zeros_like_varying
+from mtx.nn.experts import balance
 from mtx.nn.param import Params
 from mtx.sharding import Placement, batch_spec
-from mtx.training.forward import Forward, Inputs
+from mtx.training.accumulate import accumulate_in_turn, cut_microbatches, evaluate_in_turn
+from mtx.training.forward import Forward
+from mtx.training.pipeline import accumulate_in_pipeline, evaluate_in_pipeline
 from mtx.training.state import Setup, State
+from mtx.training.sums import COUNTS, Sums, as_metrics, coefficient, divisors_of_losses, names_of_sums, sums_spec
 
 Batch = dict[str, jax.Array]
 """What `mtx.data` gives for a step ([batch, sequence + 1] and [batch] arrays), with the scalars `learning_rate`
 (float32) and `num_microbatches` (int32, where the batch size ramps up)."""
 
 Metrics = dict[str, jax.Array]
-"""Scalars: `loss` (nats per target token), `grad_norm`, `target_tokens`."""
+"""`loss` (nats per target token), `grad_norm`, `target_tokens`, and what `mtx.training.sums.as_metrics` adds."""
 
 
 def _split_scalars(batch: Batch) -> tuple[Batch, Batch]:
@@ -52,58 +55,45 @@ def _reduce(setup: Setup, grads: Any) -> Params:
     return setup.join_layers(jax.tree.map(one, grads, setup.split_placements))
 
 
-def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[jax.Array, Params]]:
-    """The function (params, inputs, weight, key, num_microbatches) -> (loss, gradients), to be called under jit.
+def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[Sums, Params]]:
+    """The function (params, batch, weight, key, num_microbatches) -> (sums, gradients), to be called under jit.
 
-    `params` and gradients are global arrays with the storage shardings, `inputs` [batch, sequence] arrays, `weight`
-    the float32 sum of loss weights, `num_microbatches` an int32 scalar or None (all of them).
+    `params` and gradients are global arrays with the storage shardings, `batch` what `mtx.data` gives ([batch, ...]
+    arrays), `weight` the float32 sum of its loss weights, `num_microbatches` an int32 scalar or None (all of them).
+    Of the sums, losses are divided as `mtx.training.sums` says, and counts have the rows of the stack `expert_layers`.
     """
-    forward, train, comm = Forward(setup), setup.run.train, setup.context.comm
+    forward, model, comm = Forward(setup), setup.run.model, setup.context.comm
+    accumulate = accumulate_in_turn if setup.stages is None else accumulate_in_pipeline
 
     def body(
-        params: Params, inputs: Inputs, weight: jax.Array, key: jax.Array, num_microbatches: jax.Array | None
-    ) -> tuple[jax.Array, Params]:
-        prepared = forward.prepare(params)
-        rows = inputs["tokens"].shape[0]
-        size = min(train.microbatch_size or rows, rows)
-        count = rows // size
-        microbatches = jax.tree.map(lambda a: a.reshape(count, size, *a.shape[1:]), inputs)
-
-        def differentiate(microbatch: Inputs) -> tuple[jax.Array, Any]:
-            loss, pullback = jax.vjp(lambda w: forward.microbatch_loss(w, microbatch, key), prepared)
-            (grads,) = pullback(cast_varying(1.0 / weight, varying_axes(loss)))
-            return comm.share(loss), grads
-
-        if count == 1 and num_microbatches is None:
-            loss, grads = differentiate(jax.tree.map(lambda a: a[0], microbatches))
-        else:
-
-            def visit(carry: tuple[jax.Array, Any], microbatch: Inputs) -> tuple[jax.Array, Any]:
-                loss, grads = differentiate(microbatch)
-                added = jax.tree.map(lambda total, g: total + g.astype(total.dtype), carry[1], grads)
-                return carry[0] + loss, added
-
-            start = (comm.varying(jnp.float32(0)), comm.varying(zeros_like_varying(prepared, jnp.float32)))
-            if num_microbatches is None:
-                loss, grads = lax.scan(lambda c, m: (visit(c, m), None), start, microbatches)[0]
-            else:  # a loop with a count known at run time only: the batch grows without a new program
-
-                def at(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-                    pick = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), microbatches)
-                    return visit(carry, pick)
-
-                loss, grads = lax.fori_loop(0, num_microbatches, at, start)
-        return comm.sum_shares(loss) / weight, _reduce(setup, grads)
+        params: Params, batch: Batch, weight: jax.Array, key: jax.Array, num_microbatches: jax.Array | None
+    ) -> tuple[Sums, Params]:
+        microbatches = cut_microbatches(batch, setup.run.train.microbatch_size)
+        most, size = microbatches["tokens"].shape[:2]
+        count = most if num_microbatches is None else num_microbatches
+        divisors = divisors_of_losses(model, weight, count * size * comm.size("batch"))
+        seeds = {name: coefficient(model, name) / divisor for name, divisor in divisors.items()}
+        sums, grads = accumulate(forward, forward.prepare(params), microbatches, seeds, key, count)
+        totals = {
+            name: comm.sum_shares(value, "layers") if name in COUNTS else comm.sum_shares(value) / divisors[name]
+            for name, value in sums.items()
+        }
+        return totals, _reduce(setup, grads)
 
     storage = jax.tree.map(lambda p: p.storage, setup.placements)
+    totals = {name: sums_spec(setup.rules, name) for name in names_of_sums(model)}
 
     def loss_and_gradients(
-        params: Params, inputs: Inputs, weight: jax.Array, key: jax.Array, num_microbatches: jax.Array | None
-    ) -> tuple[jax.Array, Params]:
-        specs = {name: batch_spec(setup.rules, a.ndim) for name, a in inputs.items()}
+        params: Params, batch: Batch, weight: jax.Array, key: jax.Array, num_microbatches: jax.Array | None
+    ) -> tuple[Sums, Params]:
+        rows = {name: batch_spec(setup.rules, 1) for name in batch}
         return jax.shard_map(
-            body, mesh=setup.mesh, in_specs=(storage, specs, P(), P(), P()), out_specs=(P(), storage), check_vma=True
-        )(params, inputs, weight, key, num_microbatches)
+            body,
+            mesh=setup.mesh,
+            in_specs=(storage, rows, P(), P(), P()),
+            out_specs=(totals, storage),
+            check_vma=True,
+        )(params, batch, weight, key, num_microbatches)
 
     return loss_and_gradients
 
@@ -114,20 +104,21 @@ def make_train_step(setup: Setup) -> Any:
     objective: Any = setup.run.train.objective
     shards = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"])
     update_shards = jax.tree.map(lambda p: jax.sharding.NamedSharding(setup.mesh, p.optimizer), setup.placements)
+    model = setup.run.model
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         arrays, scalars = _split_scalars(batch)
-        inputs = objective.inputs(arrays)
-        if "rows" in arrays:
-            inputs["rows"] = arrays["rows"]
-        weight = inputs["weights"].sum()
+        weight = objective.inputs(arrays)["weights"].sum()
         key = jax.random.fold_in(jax.random.key(setup.run.train.seed + 1), state["step"])
-        loss, grads = loss_and_gradients(state["params"], inputs, weight, key, scalars.get("num_microbatches"))
+        sums, grads = loss_and_gradients(state["params"], arrays, weight, key, scalars.get("num_microbatches"))
         grads, params = lax.with_sharding_constraint((grads, state["params"]), (update_shards, update_shards))
         direction, optimizer = setup.transformation.update(grads, state["optimizer"], params)
         params = jax.tree.map(lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction)
+        if model.expert_bias_rate > 0:
+            stack = balance(params["expert_layers"], sums["expert_load"], model.expert_bias_rate)
+            params = {**params, "expert_layers": stack}
         params = lax.with_sharding_constraint(params, shards)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "target_tokens": weight}
+        metrics = {**as_metrics(sums), "grad_norm": optax.tree.norm(grads), "target_tokens": weight}
         return {"params": params, "optimizer": optimizer, "step": state["step"] + 1}, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None))
@@ -137,21 +128,18 @@ def make_eval_step(setup: Setup) -> Callable[[Params, Batch], tuple[jax.Array, j
     """The jitted function (params, batch) -> (loss sum in nats, sum of weights) over the global batch."""
     forward, objective, comm = Forward(setup), setup.run.train.objective, setup.context.comm
     storage = jax.tree.map(lambda p: p.storage, setup.placements)
+    evaluate = evaluate_in_turn if setup.stages is None else evaluate_in_pipeline
 
-    def body(params: Params, inputs: Inputs) -> jax.Array:
-        rows = inputs["tokens"].shape[0]
-        size = min(setup.run.train.microbatch_size or rows, rows)
-        microbatches = jax.tree.map(lambda a: a.reshape(rows // size, size, *a.shape[1:]), inputs)
-        prepared = forward.prepare(params)
-        losses = lax.map(lambda m: comm.share(forward.microbatch_loss(prepared, m, None)), microbatches)
-        return comm.sum_shares(losses.sum())
+    def body(params: Params, batch: Batch) -> jax.Array:
+        microbatches = cut_microbatches(batch, setup.run.train.microbatch_size)
+        return comm.sum_shares(evaluate(forward, forward.prepare(params), microbatches))
 
-    def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        inputs = objective.inputs(_split_scalars(batch)[0])  # type: ignore[union-attr]
-        specs = {name: batch_spec(setup.rules, a.ndim) for name, a in inputs.items()}
-        loss = jax.shard_map(body, mesh=setup.mesh, in_specs=(storage, specs), out_specs=P(), check_vma=True)(
-            params, inputs
+    def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        arrays = _split_scalars(batch)[0]
+        rows = {name: batch_spec(setup.rules, 1) for name in arrays}
+        loss = jax.shard_map(body, mesh=setup.mesh, in_specs=(storage, rows), out_specs=P(), check_vma=True)(
+            params, arrays
         )
-        return loss, inputs["weights"].sum()
+        return loss, objective.inputs(arrays)["weights"].sum()  # type: ignore[union-attr]
 
-    return jax.jit(evaluate)
+    return jax.jit(step)

@@ -18,6 +18,7 @@ def make_run(**train):
     return schema.Run(
         model=schema.Model(vocab_size=8, d_model=8, num_layers=1, num_heads=1, max_seq_len=8),
         mesh=schema.Mesh(),
+        pipeline=schema.Pipeline(),
         rules=schema.Rules(),
         precision=schema.Precision(),
         train=schema.Train(seq_len=8, global_batch_size=4, **train),
