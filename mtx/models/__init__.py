@@ -1,7 +1,7 @@
 """Model families. The directory is the registry: `Model.family` names a file here, which defines `Model` and `Layer`.
 
 A family's `Model(rngs, config)` has a stack of its `Layer` for each name in `config.layer_stacks`, and the methods `embed`, `rotary_table`, `loss`
-and `logits` of `mtx.models.decoder`, which is the one to read.
+and `logits` of `mtx.models.decoder`, which is the one to read. `ends(config)` says which parameters are in no layer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,6 +17,20 @@ from mtx.config import schema
 from mtx.config.components import families
 from mtx.errors import UserError
 from mtx.nn.param import Definition, Params, define, initialize
+
+
+class Ends(NamedTuple):
+    """Outermost names of a model's parameters, by the end of the network that uses them.
+
+    Attributes:
+        embed: Used before the first layer.
+        head: Used after the last layer; with tied embeddings both ends use the embedding.
+        table: The one of them whose leaf `table` is multiplied with to give logits.
+    """
+
+    embed: tuple[str, ...]
+    head: tuple[str, ...]
+    table: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,11 @@ class ModelDefinition:
     config: schema.Model
     whole: Definition
     layers: dict[str, Definition]
+
+    @property
+    def ends(self) -> Ends:
+        """The parameters that are in no layer."""
+        return _family(self.config).ends(self.config)
 
     def initialize(self, key: jax.Array) -> Params:
         """Draws every parameter, float32. Pure; the draw depends on the key alone."""

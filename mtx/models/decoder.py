@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mtx.config import schema
+from mtx.models import Ends
 from mtx.nn.attention import Attention, Cache
 from mtx.nn.context import Context, Dropout, Extras, Sequence, Tap, drop
 from mtx.nn.embedding import Embedding, LearnedPositions
@@ -133,6 +134,13 @@ class Decoder(Module):
         x_BTD = comm.gather(x_BTD, "seq_sp", "seq", 1)
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
         return comm.join_copies(logits_BTV, "vocab", 2)
+
+
+def ends(config: schema.Model) -> Ends:
+    """What is before the first layer and after the last."""
+    table = "embedding" if config.tie_embeddings else "head"
+    positions = ("positions",) if config.position == "learned" else ()
+    return Ends(embed=("embedding", *positions), head=("final_norm", table), table=table)
 
 
 Model = Decoder

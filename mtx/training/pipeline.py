@@ -1,13 +1,327 @@
-"""Microbatches through the stages of a pipeline, forward and backward, in lockstep."""
+"""Microbatches through the stages of a pipeline, forward and backward, in lockstep.
+
+    warm     ticks of forward units
+    steady   ticks of a forward unit, the head, and a backward unit
+    cool     ticks of backward units
+             after each tick activations go one stage further round the ring, and their gradients one stage back
+
+Every device runs this program on its own layers; `training.schedule` says which microbatch a stage has at a tick. A
+stage keeps the inputs of the microbatches in flight in a ring of fixed size, so that memory does not grow with their
+number; and besides, by `Train.recompute`, what its layers have named with `tap`. The backward unit runs the stage again
+with those values in their place: whatever only led up to them is dead code, collectives included.
+
+Invariant: units out of the schedule compute on zeros and add nothing; gradients are summed over devices elsewhere, once.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import lax
 
-def accumulate_in_pipeline(*args: Any) -> Any:
-    raise NotImplementedError
+from mtx.collectives import cast_varying, varying_axes
+from mtx.nn.context import Extras
+from mtx.nn.param import Params
+from mtx.training.accumulate import pick_microbatch
+from mtx.training.forward import Forward, Inputs, join_extras
+from mtx.training.pipeline_head import Head
+from mtx.training.remat import ring_names
+from mtx.training.schedule import Lockstep, Unit
+from mtx.training.stages import Stages
+from mtx.training.sums import Sums, names_of_sums, split_counts
+
+Saved = list[dict[str, jax.Array]]
+"""For each slot of a chunk the values that its layer has named."""
 
 
-def evaluate_in_pipeline(*args: Any) -> Any:
-    raise NotImplementedError
+@jax.custom_jvp
+def _replace(value: jax.Array, saved: jax.Array) -> jax.Array:
+    """`saved`, with the derivative of `value`."""
+    return saved
+
+
+_replace.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """One device's part of a step.
+
+    Attributes:
+        prepared: As `Forward.prepare` gives it.
+        microbatches: [M, b, ...] arrays, whole rows.
+        key: Of the step's dropout; None: no dropout.
+        count: How many of the microbatches are used.
+    """
+
+    forward: Forward
+    prepared: Any
+    microbatches: Inputs
+    key: jax.Array | None
+    count: jax.Array | int
+
+    @cached_property
+    def stages(self) -> Stages:
+        stages = self.forward.setup.stages
+        assert stages is not None
+        return stages
+
+    @cached_property
+    def schedule(self) -> Lockstep:
+        return Lockstep(self.stages.num_stages, self.stages.virtual_stages, self.count)
+
+    @cached_property
+    def stage(self) -> jax.Array | int:
+        return self.forward.setup.context.comm.index("layers")
+
+    @cached_property
+    def head(self) -> Head:
+        return Head(self.forward, self.prepared, self.stage)
+
+    @cached_property
+    def weights(self) -> list[Params]:
+        """For each slot the weights of all chunks, [virtual_stages, ...]; without that dim if there is one chunk."""
+        line, slots = self.prepared["line"], len(self.stages.slots)
+        if self.stages.virtual_stages == 1:
+            return line
+        return [jax.tree.map(lambda *chunks: jnp.stack(chunks), *line[slot::slots]) for slot in range(slots)]
+
+    @property
+    def embed_weights(self) -> Params:
+        return {name: self.prepared[name] for name in self.forward.setup.definition.ends.embed}
+
+    def chunk(self, index: jax.Array) -> list[Params]:
+        """The weights of one chunk."""
+        if self.stages.virtual_stages == 1:
+            return self.weights
+        return jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, 0, keepdims=False), self.weights)
+
+    def read(self, unit: Unit) -> Inputs:
+        return self.forward.read(pick_microbatch(self.microbatches, unit.microbatch))
+
+    def is_first(self, unit: Unit) -> jax.Array:
+        return (self.stage == 0) & (unit.chunk == 0)
+
+    def is_last(self, unit: Unit) -> jax.Array:
+        return (self.stage == self.stages.num_stages - 1) & (unit.chunk == self.stages.virtual_stages - 1)
+
+    def head_unit(self, unit: Unit) -> Unit:
+        """A unit of the last stage, valid if its output goes into the head."""
+        return unit._replace(valid=unit.valid & (unit.chunk == self.stages.virtual_stages - 1))
+
+    def embed(self, weights: Params, inputs: Inputs) -> jax.Array:
+        """The input of the first layer."""
+        context, dropout = self.forward.setup.context, self.forward.dropout(inputs, self.key)
+        site = None if dropout is None else dropout.at(0)
+        x_BTD = self.forward.bind(weights).embed(inputs["tokens"], self.forward.sequence(inputs), context, site)
+        return context.comm.varying(x_BTD)
+
+    def run(
+        self, weights: list[Params], x_BTD: jax.Array, inputs: Inputs, chunk: jax.Array, saved: Saved | None = None
+    ) -> tuple[jax.Array, Saved, Extras]:
+        """A chunk of this stage.
+
+        Args:
+            weights: Of its slots.
+            x_BTD: Its input, sharded as `seq_sp`.
+            saved: What the layers named when they ran before, to be used instead; None: they run for the first time.
+
+        Returns:
+            Its output; what the layers named; the joined extras.
+        """
+        forward, stages, context = self.forward, self.stages, self.forward.setup.context
+        names = ring_names(forward.setup.run.train.recompute)
+        sequence, dropout = forward.sequence(inputs), forward.dropout(inputs, self.key)
+        table = forward.bind(self.embed_weights).rotary_table(sequence, context)
+        # The number of each slot's layer, and -1 where this chunk has none.
+        layers = jnp.asarray(stages.layers)[self.stage, chunk]
+        record: Saved = []
+        extras: list[Extras] = []
+        for slot, (stack, layer_weights) in enumerate(zip(stages.slots, weights)):
+            site = None if dropout is None else dropout.at(layers[slot] + 1)
+
+            def apply(
+                w: Params, x_BTD: jax.Array, stack: str = stack, site: Any = site, slot: int = slot
+            ) -> tuple[jax.Array, dict[str, jax.Array], Extras]:
+                named: dict[str, jax.Array] = {}
+
+                def tap(name: str, value: jax.Array) -> jax.Array:
+                    if name not in names:
+                        return value
+                    if saved is not None:
+                        return _replace(*context.comm.varying((value, saved[slot][name])))
+                    named[name] = context.comm.varying(value)
+                    return value
+
+                if slot:  # that of slot 0 is the input of the stage
+                    x_BTD = tap("layer_in", x_BTD)
+                y_BTD, _, extra = forward.bind_layer(stack, w)(x_BTD, sequence, table, context, site, tap)
+                return context.comm.varying(y_BTD), named, extra
+
+            y_BTD, named, extra = apply(layer_weights, x_BTD)
+            if not stages.is_full(slot):
+                present = layers[slot] >= 0
+                y_BTD = jnp.where(present, y_BTD, x_BTD)
+                extra = jax.tree.map(lambda value, present=present: jnp.where(present, value, 0), extra)
+            x_BTD = y_BTD
+            record.append(named)
+            extras.append(extra)
+        return x_BTD, record, join_extras(extras)
+
+    def forward_unit(self, tick: jax.Array, received_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Saved]:
+        """The forward unit of a tick: its input, its output, and what its layers named."""
+        unit = self.schedule.forward(tick, self.stage)
+        inputs = self.read(unit)
+        x_BTD = jnp.where(self.is_first(unit), self.embed(self.embed_weights, inputs), received_BTD)
+        x_BTD = jnp.where(unit.valid, x_BTD, 0)  # always finite
+        out_BTD, record, _ = self.run(self.chunk(unit.chunk), x_BTD, inputs, unit.chunk)
+        return x_BTD, out_BTD, record
+
+    def backward_unit(
+        self, tick: jax.Array, dy_BTD: jax.Array, ring: Any, grads: Params, sums: Sums, seeds: Sums
+    ) -> tuple[jax.Array, Params, Sums]:
+        """The backward unit of a tick.
+
+        Args:
+            dy_BTD: Gradient by the output of the chunk.
+            ring: Inputs and named values of the microbatches in flight.
+            grads: Accumulators, shaped as `weights` and the ends of the model.
+            sums: Accumulators.
+
+        Returns:
+            Gradient by the input of the chunk; the accumulators with this unit's gradients and extras added.
+        """
+        comm, unit = self.forward.setup.context.comm, self.schedule.backward(tick, self.stage)
+        inputs = self.read(unit)
+        x_BTD, saved = jax.tree.map(lambda r: lax.dynamic_index_in_dim(r, unit.slot, 0, keepdims=False), ring)
+
+        def rerun(weights: list[Params], x_BTD: jax.Array) -> tuple[tuple[jax.Array, Sums], Sums]:
+            y_BTD, _, extras = self.run(weights, x_BTD, inputs, unit.chunk, saved)
+            losses, counts = split_counts(extras)
+            return (y_BTD, losses), counts
+
+        (_, losses), pullback, counts = jax.vjp(rerun, self.chunk(unit.chunk), x_BTD, has_aux=True)
+        d_losses = {
+            name: cast_varying(jnp.where(unit.valid, seeds[name], 0), varying_axes(loss))
+            for name, loss in losses.items()
+        }
+        # With a gradient of zero and finite inputs, all gradients are zero where the unit is not valid.
+        dw, dx_BTD = pullback((jnp.where(unit.valid, dy_BTD, 0), d_losses))
+        grads = {**grads, "weights": self._add_to_chunk(grads["weights"], dw, unit.chunk)}
+        _, pullback = jax.vjp(lambda w: self.embed(w, inputs), self.embed_weights)
+        (dw,) = pullback(jnp.where(unit.valid & self.is_first(unit), dx_BTD, 0))
+        grads |= {name: _add(grads[name], dw[name]) for name in dw}
+        shares = jax.tree.map(lambda value: jnp.where(unit.valid, comm.share(value), 0), {**losses, **counts})
+        for name, value in shares.items():
+            # Of counts, the rows of this chunk.
+            rows = [*jnp.split(sums[name], self.stages.virtual_stages)] if value.ndim else [sums[name]]
+            added = [row + jnp.where(unit.chunk == k, value, 0) for k, row in enumerate(rows)] if value.ndim else None
+            sums = {**sums, name: jnp.concatenate(added) if added else sums[name] + value}
+        return dx_BTD, grads, sums
+
+    def _add_to_chunk(self, totals: list[Params], added: list[Params], chunk: jax.Array) -> list[Params]:
+        if self.stages.virtual_stages == 1:
+            return _add(totals, added)
+        # In place: slicing out, adding and writing back would copy all weights at every tick.
+        return jax.tree.map(
+            lambda total, a: total.at[chunk].add(a.astype(total.dtype), mode="promise_in_bounds"), totals, added
+        )
+
+    def zeros(self) -> jax.Array:
+        """What stages receive before there is anything: [b, T, D]."""
+        unit = self.schedule.forward(0, self.stage)
+        shape = jax.eval_shape(lambda: self.embed(self.embed_weights, self.read(unit)))
+        return self.forward.setup.context.comm.varying(jnp.zeros(shape.shape, shape.dtype))
+
+    def rings(self, x_BTD: jax.Array) -> Any:
+        """Room for inputs and named values of all microbatches in flight."""
+        _, _, record = jax.eval_shape(lambda x: self.forward_unit(jnp.int32(0), x), x_BTD)
+        rings = jax.tree.map(lambda a: jnp.zeros((self.schedule.depth, *a.shape), a.dtype), (x_BTD, record))
+        return self.forward.setup.context.comm.varying(rings)
+
+    def zero_sums(self) -> Sums:
+        """Accumulators of losses and counts."""
+        comm, model = self.forward.setup.context.comm, self.forward.setup.run.model
+        rows = self.stages.slots.count("expert_layers") * self.stages.virtual_stages
+        shapes = {"expert_load": (rows, model.num_experts), "dropped": (rows,)}
+        return comm.varying({name: jnp.zeros(shapes.get(name, ()), jnp.float32) for name in names_of_sums(model)})
+
+
+def _add(totals: Any, added: Any) -> Any:
+    return jax.tree.map(lambda total, a: total + a.astype(total.dtype), totals, added)
+
+
+def accumulate_in_pipeline(
+    forward: Forward, prepared: Any, microbatches: Inputs, seeds: Sums, key: jax.Array, count: jax.Array | int
+) -> tuple[Sums, Any]:
+    """Sums and gradients of the first `count` microbatches; arguments and result as of `accumulate_in_turn`."""
+    comm = forward.setup.context.comm
+    pipeline = _Pipeline(forward, prepared, microbatches, key, count)
+    schedule, head = pipeline.schedule, pipeline.head
+    last_stage = pipeline.stages.num_stages - 1
+
+    def do_forward(tick: jax.Array, received: jax.Array, ring: Any) -> tuple[jax.Array, Any]:
+        x, out, record = pipeline.forward_unit(tick, received)
+        slot = schedule.forward(tick, pipeline.stage).slot
+        ring = jax.tree.map(lambda r, a: lax.dynamic_update_index_in_dim(r, a, slot, 0), ring, (x, record))
+        return out, ring
+
+    def do_head(tick: jax.Array, out: jax.Array, dy: jax.Array, grads: Params, sums: Sums) -> Any:
+        unit = pipeline.head_unit(schedule.backward(tick, last_stage))
+        inputs = pipeline.read(unit)
+        loss, dx, grads = head.differentiate(out, inputs, unit.valid, seeds["loss"], grads)
+        dy = jnp.where(pipeline.is_last(schedule.backward(tick, pipeline.stage)), dx, dy)
+        return dy, grads, {**sums, "loss": sums["loss"] + loss}
+
+    def warm(tick: jax.Array, carry: tuple) -> tuple:
+        received, dy, ring, grads, sums = carry
+        out, ring = do_forward(tick, received, ring)
+        return comm.pass_on(out, "layers"), dy, ring, grads, sums
+
+    def steady(tick: jax.Array, carry: tuple) -> tuple:
+        received, dy, ring, grads, sums = carry
+        out, ring = do_forward(tick, received, ring)
+        dy, grads, sums = do_head(tick, out, dy, grads, sums)
+        dx, grads, sums = pipeline.backward_unit(tick, dy, ring, grads, sums, seeds)
+        return comm.pass_on(out, "layers"), comm.pass_on(dx, "layers", -1), ring, grads, sums
+
+    def cool(tick: jax.Array, carry: tuple) -> tuple:
+        received, dy, ring, grads, sums = carry
+        dx, grads, sums = pipeline.backward_unit(tick, dy, ring, grads, sums, seeds)
+        return received, comm.pass_on(dx, "layers", -1), ring, grads, sums
+
+    x = pipeline.zeros()
+    accumulators = {"weights": pipeline.weights, **{n: w for n, w in prepared.items() if n != "line"}}
+    grads = comm.varying(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), accumulators))
+    carry = (x, x, pipeline.rings(x), grads, pipeline.zero_sums())
+    starts = (0, *schedule.ticks)
+    for body, begin, end in zip((warm, steady, cool), starts, starts[1:]):
+        carry = lax.fori_loop(begin, end, body, carry)
+    _, _, _, grads, sums = carry
+    weights = grads.pop("weights")
+    chunks = pipeline.stages.virtual_stages
+    line = (
+        weights if chunks == 1 else [jax.tree.map(lambda g, k=k: g[k], slot) for k in range(chunks) for slot in weights]
+    )
+    return sums, {**grads, "line": line}
+
+
+def evaluate_in_pipeline(forward: Forward, prepared: Any, microbatches: Inputs) -> jax.Array:
+    """This device's share of the loss sum of all microbatches."""
+    comm, count = forward.setup.context.comm, microbatches["tokens"].shape[0]
+    pipeline = _Pipeline(forward, prepared, microbatches, None, count)
+    last_stage = pipeline.stages.num_stages - 1
+
+    def visit(tick: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        received, total = carry
+        _, out, _ = pipeline.forward_unit(tick, received)
+        unit = pipeline.head_unit(pipeline.schedule.forward(tick, last_stage))
+        loss = pipeline.head.loss_sum(out, pipeline.read(unit), unit.valid)
+        return comm.pass_on(out, "layers"), total + loss
+
+    start = (pipeline.zeros(), comm.varying(jnp.float32(0)))
+    return lax.fori_loop(0, pipeline.schedule.ticks[1], visit, start)[1]

@@ -1,4 +1,4 @@
-"""What the backward pass computes again: `Train.recompute` as a transformation of one layer.
+"""What the backward pass computes again: `Train.recompute` as a transformation of one layer, or as names to keep.
 
 `none` keeps every intermediate value, `selective` the inputs of the expensive-to-repeat parts (what `tap` names) and
 recomputes attention, norms and activations, `full` keeps the input of the layer only. Weights gathered for ZeRO-3 are
@@ -17,6 +17,15 @@ from mtx.nn.context import Tap, no_tap
 
 SELECTIVE = ("query", "key", "value", "after_attention", "mlp_hidden", "mlp_gate")
 """Values kept by `selective`: 9 to 11 times B x T x D per layer."""
+
+INPUTS = ("attention_in", "attention_out", "mlp_in")
+"""What `none` keeps besides, where values are kept by name: with them no product and no collective is repeated."""
+
+
+def ring_names(recompute: str) -> frozenset[str]:
+    """The values that the ring of a pipeline keeps besides the inputs of the stages."""
+    selective = ("layer_in", *SELECTIVE)
+    return frozenset({"none": (*selective, *INPUTS), "selective": selective, "full": ()}[recompute])
 
 
 def tap_for(recompute: str) -> Tap:
