@@ -134,7 +134,7 @@ class Model:
 
     @property
     def layer_stacks(self) -> tuple[str, ...]:
-        """For each layer the name of the stack that its parameters are in: `layers`, or `expert_layers` with experts."""
+        """For each layer the stack that its parameters are in: `layers`, or `expert_layers` where it has experts."""
 
         def routed(layer: int) -> bool:
             place = layer + 1 - self.first_dense_layers
@@ -176,7 +176,7 @@ class Rules:
     zero: Literal[0, 1, 2] = setting(
         2,
         drift=FREE,
-        doc="split over `data`, `expert` and `context`: 0 nothing, 1 optimizer state, 2 also gradients and fp32 weights",
+        doc="split over data, expert and context: 0 nothing, 1 optimizer state, 2 also gradients and fp32 weights",
     )
     overrides: dict[str, str | tuple[str, ...] | None] = setting(
         {}, drift=FREE, doc="logical axis -> mesh axes, instead of the preset's, e.g. {'vocab': None}"

@@ -22,6 +22,7 @@ from mtx.config.checks import resolve_mesh
 from mtx.errors import UserError
 from mtx.mesh import make_mesh
 from mtx.nn.param import Params
+from mtx.sharding import axis_sizes
 from mtx.training.state import Setup
 
 MATMUL_PRECISION = "highest"
@@ -32,22 +33,46 @@ def choose_mesh(counts: schema.Mesh, report: Callable[[str], None]) -> Mesh:
     """The run's mesh where it fits the devices that there are, else one device, which is reported."""
     devices = jax.devices()
     try:
-        return make_mesh(resolve_mesh(counts, len(devices)), devices)
+        return make_mesh(_without_stages(resolve_mesh(counts, len(devices))), devices)
     except UserError as error:
         report(f"one device computes, since the run's mesh does not fit those here: {error}")
         return make_mesh(schema.Mesh(**dict.fromkeys(MESH_AXES, 1)), devices[:1])
 
 
+def _without_stages(counts: schema.Mesh) -> schema.Mesh:
+    """As many devices, of which those of stages, experts and contexts, which do not split the work of a few tokens,
+    hold a share of the weights each and gather them layer by layer, as those of `fsdp` do."""
+    fsdp = counts.pipe * counts.fsdp * counts.expert * counts.context
+    return dataclasses.replace(counts, pipe=1, fsdp=fsdp, expert=1, context=1)
+
+
+def move_from_training(setup: Setup, params: Params) -> tuple[Setup, Params]:
+    """The weights of a training state where inference has them. The arrays may be those of `params`.
+
+    Args:
+        setup: Of the training run.
+        params: With the shardings of its state.
+    """
+    counts = schema.Mesh(**axis_sizes(setup.mesh))
+    if _without_stages(counts) == counts:
+        return setup, params
+    moved = Setup(run=setup.run, mesh=make_mesh(_without_stages(counts), setup.mesh.devices.flatten().tolist()))
+    shards = jax.tree.map(lambda leaf: leaf.sharding, moved.abstract_state["params"])
+    canonical = setup.canonical.store({"params": params})["params"]
+    return moved, jax.jit(lambda tree: tree, out_shardings=shards)(canonical)
+
+
 def for_inference(setup: Setup) -> Setup:
     """The same model on the same mesh, its weights stored alike, but batch and sequence split over no device."""
     run = setup.run
+    alike = len(set(run.model.layer_stacks)) == 1
     overrides = {**run.rules.overrides, "batch": None, "seq": None, "seq_sp": None}
     run = dataclasses.replace(
         run,
         rules=dataclasses.replace(run.rules, sequence_parallel=False, overrides=overrides),
         precision=dataclasses.replace(run.precision, compute="float32"),
         # In line, layers compile many times longer; a token, which waits for the weights to be read, is no faster.
-        train=dataclasses.replace(run.train, attention="auto", recompute="none", scan_layers=True),
+        train=dataclasses.replace(run.train, attention="auto", recompute="none", scan_layers=alike),
     )
     return Setup(run=run, mesh=setup.mesh)
 

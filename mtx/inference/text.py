@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtx.inference.decoding import Generator
-from mtx.inference.layout import for_inference
+from mtx.inference.layout import for_inference, move_from_training
 from mtx.inference.sampling import Sampling
 from mtx.nn.param import Params
 from mtx.training.state import Setup
@@ -55,6 +55,7 @@ def sample_text(
     Raises:
         UserError: A prompt does not fit the model.
     """
+    setup, params = move_from_training(setup, params)
     generator = Generator(for_inference(setup), use_cache=use_cache)
     end_id = tokenizer.end_of_document_id
     samples = []

@@ -1,7 +1,8 @@
 """Model families. The directory is the registry: `Model.family` names a file here, which defines `Model` and `Layer`.
 
-A family's `Model(rngs, config)` has a stack of its `Layer` for each name in `config.layer_stacks`, and the methods `embed`, `rotary_table`, `loss`
-and `logits` of `mtx.models.decoder`, which is the one to read. `ends(config)` says which parameters are in no layer.
+A family's `Model(rngs, config)` has a stack of its `Layer` for each name in `config.layer_stacks`, and the methods
+`embed`, `rotary_table`, `loss` and `logits` of `mtx.models.decoder`, which is the one to read. `ends(config)` says
+which parameters are in no layer.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class Context:
 
 Extras = dict[str, jax.Array]
 """What a layer tells besides its output: `load_balance_loss` and `router_z_loss` (float32 [], means over the tokens of
-each sequence, summed over sequences), `expert_load` (float32 [E], tokens sent to each expert) and `dropped` (float32 [],
-those of them without a slot). Empty for layers without experts. This device's part: equal on devices that share its
+each sequence, summed over sequences), `expert_load` (float32 [E], tokens sent to each expert) and `dropped` (float32
+[], those of them without a slot). Empty for layers without experts. This device's part: equal on devices that share its
 tokens, to be summed over the others."""
 
 

@@ -75,7 +75,7 @@ class Forward:
         return Dropout(key, inputs["rows"], rate) if key is not None and rate > 0 else None
 
     def bind(self, prepared: Any) -> Any:
-        """The model without its layers, its weights whole but for tensor parallelism. Only what is given can be used."""
+        """The model without its layers, weights whole but for tensor parallelism. Only what is given can be used."""
         rest = without(prepared, ("line", *self.setup.definition.layers))
         placements = {name: self.setup.placements[name] for name in rest}
         weights = jax.tree.map(self.setup.context.comm.gather_for_layer, rest, placements)

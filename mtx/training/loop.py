@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from mtx.checkpoints.run_directory import RunDirectory, choose_step, digest_config
@@ -131,9 +132,9 @@ def _open_directory(config: Config, run_dir: Path, data: TrainingData, resume: s
 def _restore(checkpoints: Checkpoints, setup: Setup, step: int) -> State:
     """The state of a step; where it holds imported weights alone, the state before the first update."""
     if checkpoints.parts(step) == {"params"}:
-        wanted = {"params": setup.abstract_state["params"]}
+        wanted = {"params": setup.canonical.abstract_state["params"]}
         return setup.initialize(checkpoints.restore(step, wanted)["params"])
-    return checkpoints.restore(step, setup.abstract_state)
+    return setup.canonical.load(checkpoints.restore(step, setup.canonical.abstract_state))
 
 
 def _describe(setup: Setup) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class _Loop:
 
     def _read(self, step: int, metrics: Metrics, batches: Prefetcher) -> None:
         """Waits for a step and reports it."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             self.record("spike", step=step, cause=f"loss {values['loss']}, gradient norm {values['grad_norm']}")
             raise DivergedError(
@@ -233,8 +234,7 @@ class _Loop:
             record = {
                 "step": step,
                 "tokens": tokens,
-                "loss": values["loss"],
-                "grad_norm": values["grad_norm"],
+                **{name: value for name, value in values.items() if name != "target_tokens"},
                 "learning_rate": optimizer.learning_rate_at(self.setup.run, step, tokens),
                 **self.throughput.measure(step, batches.wait_seconds),
             }
@@ -247,7 +247,7 @@ class _Loop:
     def _save(self, state: State, step: int) -> None:
         begin = time.perf_counter()
         meta = {**self.meta, "tokens": self.data.sizes.tokens(step), "samples": self.data.sizes.first_sample(step)}
-        self.checkpoints.save(step, state, meta)
+        self.checkpoints.save(step, self.setup.canonical.store(state), meta)
         self.record("saved", step=step, seconds=time.perf_counter() - begin)
 
     def _stop(self, step: int) -> None:

@@ -10,7 +10,7 @@ stage keeps the inputs of the microbatches in flight in a ring of fixed size, so
 number; and besides, by `Train.recompute`, what its layers have named with `tap`. The backward unit runs the stage again
 with those values in their place: whatever only led up to them is dead code, collectives included.
 
-Invariant: units out of the schedule compute on zeros and add nothing; gradients are summed over devices elsewhere, once.
+Invariant: units out of the schedule compute on zeros and add nothing; gradients are summed over devices elsewhere.
 """
 
 from __future__ import annotations
