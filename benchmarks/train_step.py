@@ -46,7 +46,7 @@ def main() -> None:
 
 def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> dict[str, object]:
     """Compiles and times the step of a config."""
-    from mtx.config.checks import check_layout, resolve_mesh
+    from mtx.config.layout import check_layout, resolve_mesh
     from mtx.config.reader import load
     from mtx.mesh import make_mesh, start_process
 

@@ -56,7 +56,7 @@ def make_mesh(counts: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     within a host wherever it can.
 
     Args:
-        counts: Positive device counts, whose product is the number of devices (`mtx.config.checks.resolve_mesh`).
+        counts: Positive device counts, whose product is the number of devices (`mtx.config.layout.resolve_mesh`).
         devices: Those of all processes by default.
     """
     devices = jax.devices() if devices is None else devices

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mtx.checkpoints.run_directory import RunDirectory, restore_params
 from mtx.config import schema
 from mtx.config.axes import MESH_AXES
-from mtx.config.checks import resolve_mesh
+from mtx.config.layout import resolve_mesh
 from mtx.errors import UserError
 from mtx.mesh import make_mesh
 from mtx.nn.param import Params

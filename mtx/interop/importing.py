@@ -13,7 +13,7 @@ import jax
 
 from mtx.checkpoints.run_directory import RunDirectory, digest_config, save_initial
 from mtx.config import reader, schema
-from mtx.config.checks import resolve_mesh
+from mtx.config.layout import resolve_mesh
 from mtx.config.render import Origin, values
 from mtx.config.values import format_value
 from mtx.data.tokenizer import load_tokenizer

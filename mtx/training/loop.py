@@ -21,7 +21,8 @@ from jax.experimental import multihost_utils
 
 from mtx.checkpoints.run_directory import RunDirectory, choose_step, digest_config
 from mtx.checkpoints.store import Checkpoints
-from mtx.config.checks import check_layout, require_training_data, resolve_mesh
+from mtx.config.checks import require_training_data
+from mtx.config.layout import check_layout, resolve_mesh
 from mtx.config.reader import Config
 from mtx.data.prefetch import Prefetcher
 from mtx.data.training import TrainingData, open_training_data

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mtx.config import checks, reader, schema
+from mtx.config import checks, layout, reader, schema
 from mtx.errors import UserError
 
 RUN = reader.load_text(
@@ -32,7 +32,7 @@ def run_with(**sections):
     ],
 )
 def test_mesh_takes_all_devices(mesh, devices, sizes):
-    assert dataclasses.astuple(checks.resolve_mesh(schema.Mesh(**mesh), devices)) == sizes
+    assert dataclasses.astuple(layout.resolve_mesh(schema.Mesh(**mesh), devices)) == sizes
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_mesh_takes_all_devices(mesh, devices, sizes):
 )
 def test_mesh_that_does_not_fit(mesh, message):
     with pytest.raises(UserError) as caught:
-        checks.resolve_mesh(schema.Mesh(**mesh), 8)
+        layout.resolve_mesh(schema.Mesh(**mesh), 8)
     assert str(caught.value) == message
 
 
@@ -77,7 +77,7 @@ def test_mesh_that_does_not_fit(mesh, message):
 )
 def test_layouts_that_divide(mesh):
     model = {"model": {"max_seq_len": 96}, "train": {"seq_len": 96}} if mesh.get("tensor") == 12 else {}
-    checks.check_layout(run_with(**model), schema.Mesh(**mesh))
+    layout.check_layout(run_with(**model), schema.Mesh(**mesh))
 
 
 @pytest.mark.parametrize(
@@ -128,16 +128,16 @@ def test_layouts_that_divide(mesh):
 )
 def test_layouts_that_do_not_divide(sections, mesh, message):
     with pytest.raises(UserError) as caught:
-        checks.check_layout(run_with(**sections), schema.Mesh(**{"data": 1, **mesh}))
+        layout.check_layout(run_with(**sections), schema.Mesh(**{"data": 1, **mesh}))
     assert str(caught.value) == message
 
 
 def test_overrides_change_what_must_divide():
     mesh = schema.Mesh(data=1, tensor=6)
     rules = {"sequence_parallel": False, "overrides": {"kv_heads": None}}
-    checks.check_layout(run_with(rules=rules), mesh)
+    layout.check_layout(run_with(rules=rules), mesh)
     with pytest.raises(UserError, match=r"Model\.num_kv_heads = 4 does not divide over Mesh\.tensor = 6"):
-        checks.check_layout(run_with(rules={"sequence_parallel": False}), mesh)
+        layout.check_layout(run_with(rules={"sequence_parallel": False}), mesh)
 
 
 def test_training_needs_data():
