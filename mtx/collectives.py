@@ -144,6 +144,22 @@ class Comm:
         length = x.shape[dim] // self.size("seq")
         return jnp.take(x, self.places(length), axis=dim) if self.axes("seq") else x
 
+    def to_rows(self, x: jax.Array, dim: int) -> jax.Array:
+        """Whole rows in their own order, from all shards of `seq` joined in the order of their index."""
+        shards, before, after = self.size("seq"), x.shape[:dim], x.shape[dim + 1 :]
+        if shards == 1:
+            return x
+        early, late = jnp.split(x.reshape(*before, shards, 2, -1, *after), 2, axis=dim + 1)
+        return jnp.concatenate([early, jnp.flip(late, dim)], axis=dim).reshape(x.shape)
+
+    def to_shards(self, x: jax.Array, dim: int) -> jax.Array:
+        """All shards of `seq` joined, from whole rows: the inverse of `to_rows`."""
+        shards, before, after = self.size("seq"), x.shape[:dim], x.shape[dim + 1 :]
+        if shards == 1:
+            return x
+        early, late = jnp.split(x.reshape(*before, 2 * shards, 1, -1, *after), 2, axis=dim)
+        return jnp.concatenate([early, jnp.flip(late, dim)], axis=dim + 1).reshape(x.shape)
+
     def sum(self, x: jax.Array, name: str) -> jax.Array:
         """Sum over the shards of a logical axis."""
         return lax.psum(x, self.axes(name)) if self.axes(name) else x

@@ -6,6 +6,8 @@ cannot take them is not used. Softmax and its sums are in float32, since bfloat1
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +18,7 @@ from mtx.nn.context import Context, Sequence, Tap
 from mtx.nn.linear import Linear
 from mtx.nn.param import Module, Rngs
 from mtx.nn.position import alibi_slopes, rotate
+from mtx.nn.ring_attention import ring_attention
 
 QUERY_BLOCK = 512
 """Queries whose scores are in memory at a time; each block sees only the keys up to its end, half of all on average."""
@@ -98,7 +101,7 @@ def empty_cache(config: Model, context: Context, batch: int, length: int) -> Cac
 
 
 def choose_kernel(context: Context, head_dim: int, *, packed: bool, masked: bool, alibi: bool) -> str:
-    """`cudnn` or `xla`.
+    """`cudnn`, `xla`, or `ring` where the sequence is split and keys go round (in plain XLA).
 
     Raises:
         UserError: cuDNN is asked for and cannot compute this attention.
@@ -112,6 +115,14 @@ def choose_kernel(context: Context, head_dim: int, *, packed: bool, masked: bool
         "an attention mask hides tokens": masked,
         "positions are alibi": alibi,
     }
+    ring = context.context_exchange == "ring" and bool(context.comm.axes("seq"))
+    if context.attention == "cudnn" and ring:
+        raise UserError(
+            "Train.attention = 'cudnn' cannot be with keys that go round Mesh.context: set Train.context_exchange = "
+            "'all_to_all', which gives each device whole sequences of some heads, or Train.attention = 'auto'"
+        )
+    if ring:
+        return "ring"
     obstacles = [reason for reason, holds in reasons.items() if holds]
     if context.attention == "cudnn" and obstacles:
         raise UserError(f"Train.attention = 'cudnn' cannot be: {'; '.join(obstacles)}; set 'auto' or 'xla'")
@@ -193,19 +204,28 @@ class Attention(Module):
             group = self.num_heads // self.kv_heads
             needed = max(1, local_heads // group)
             k_BSKH, v_BSKH = (lax.dynamic_slice_in_dim(a, first_head // group, needed, 2) for a in (k_BSKH, v_BSKH))
-        packed, masked = sequence.segments_BT is not None, sequence.visible_BT is not None
+        segments_BT, visible_BT = sequence.segments_BT, sequence.visible_BT
+        packed, masked = segments_BT is not None, visible_BT is not None
         kernel = choose_kernel(context, self.head_dim, packed=packed, masked=masked, alibi=self.alibi)
-        if start is None and kernel == "cudnn":
-            return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+        swaps = bool(comm.axes("seq")) and kernel != "ring"  # all heads of some tokens for all tokens of some heads
+        if swaps:
+            shards = comm.size("seq")
+            copies = shards // math.gcd(shards, k_BSKH.shape[2])  # of a head that several shards need
+            k_BSKH, v_BSKH = (jnp.repeat(a, copies, axis=2) for a in (k_BSKH, v_BSKH))
+            q_BTNH, k_BSKH, v_BSKH = (comm.to_rows(comm.exchange(a, "seq", 2, 1), 1) for a in (q_BTNH, k_BSKH, v_BSKH))
+            segments_BT, visible_BT = (
+                None if a is None else comm.to_rows(comm.gather_all(a, "seq", 1), 1) for a in (segments_BT, visible_BT)
+            )
+            local_heads //= shards
+            first_head += comm.index("seq") * local_heads
         slopes_N = None
         if self.alibi:
             slopes_N = lax.dynamic_slice_in_dim(jnp.array(alibi_slopes(self.num_heads)), first_head, local_heads, 0)
-        return attend(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            segments_BT=sequence.segments_BT,
-            visible_BT=sequence.visible_BT,
-            slopes_N=slopes_N,
-            start=start,
-        )
+        masks = {"segments_BT": segments_BT, "visible_BT": visible_BT, "slopes_N": slopes_N}
+        if kernel == "ring":
+            return ring_attention(comm, q_BTNH, k_BSKH, v_BSKH, **masks)
+        if kernel == "cudnn" and start is None:
+            out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+        else:
+            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, **masks, start=start)
+        return comm.exchange(comm.to_shards(out_BTNH, 1), "seq", 1, 2) if swaps else out_BTNH
