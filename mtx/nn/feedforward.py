@@ -27,10 +27,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeedForward(Module):
-    """x -> act(x W_up) W_down, or (act(x W_gate) * x W_up) W_down where the activation is gated."""
+    """x -> act(x W_up) W_down, or (act(x W_gate) * x W_up) W_down where the activation is gated.
 
-    def __init__(self, rngs: Rngs, config: Model):
-        wide, narrow = (config.d_model, config.ff_width), (config.ff_width, config.d_model)
+    Args:
+        width: Of the hidden layer; None: the config's.
+    """
+
+    def __init__(self, rngs: Rngs, config: Model, width: int | None = None):
+        width = width or config.ff_width
+        wide, narrow = (config.d_model, width), (width, config.d_model)
         std = config.init_std
         self.activation = config.activation
         self.gate = Linear(rngs, wide, ("embed", "mlp"), std=std, use_bias=config.use_bias) if config.gated else None
@@ -41,12 +46,16 @@ class FeedForward(Module):
 
     def __call__(self, x_BTD: jax.Array, sequence: Sequence, context: Context, tap: Tap) -> tuple[jax.Array, Extras]:
         """[B, T, D] sharded as `seq_sp` -> the same, and no extras."""
-        comm, act = context.comm, ACTIVATIONS[self.activation]
-        x_BTD = tap("mlp_in", comm.gather(x_BTD, "seq_sp", "seq", 1))
+        comm = context.comm
+        partial_BTD = self.partial(tap("mlp_in", comm.gather(x_BTD, "seq_sp", "seq", 1)), context, tap)
+        return self.down.add_bias(comm.reduce(partial_BTD, "mlp", "seq", "seq_sp", 1)), {}
+
+    def partial(self, x_BTD: jax.Array, context: Context, tap: Tap) -> jax.Array:
+        """[B, T, D] sharded as `seq` -> partial sums over the shards of `mlp`, without the last bias."""
+        act = ACTIVATIONS[self.activation]
         hidden_BTF = tap("mlp_hidden", self.up(x_BTD, context.dtype))
         if self.gate is None:
             hidden_BTF = act(hidden_BTF)
         else:
             hidden_BTF = act(tap("mlp_gate", self.gate(x_BTD, context.dtype))) * hidden_BTF
-        partial_BTD = self.down.multiply(hidden_BTF, context.dtype)
-        return self.down.add_bias(comm.reduce(partial_BTD, "mlp", "seq", "seq_sp", 1)), {}
+        return self.down.multiply(hidden_BTF, context.dtype)
