@@ -23,7 +23,7 @@ from mtx.nn.experts import Experts
 from mtx.nn.feedforward import FeedForward
 from mtx.nn.loss import Rows, cross_entropy
 from mtx.nn.norm import Norm
-from mtx.nn.param import Module, Rngs, param, stack
+from mtx.nn.param import Module, Params, Rngs, param, stack
 from mtx.nn.position import rotary_table
 
 RotaryTable = tuple[jax.Array, jax.Array]
@@ -90,6 +90,29 @@ class Decoder(Module):
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(sequence, context)
         return drop(dropout, 0, x_BTD, context.comm)
+
+    def add_embed_gradient(
+        self,
+        totals: Params,
+        dx_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        sequence: Sequence,
+        context: Context,
+        dropout: Dropout | None = None,
+    ) -> Params:
+        """Adds the gradient of the parameters that `embed` uses to accumulators, in place.
+
+        Args:
+            totals: Nested dict of these parameters.
+            dx_BTD: Gradient by the output of `embed`.
+        """
+        dx_BTD = drop(dropout, 0, dx_BTD, context.comm)  # its own transpose
+        total = totals["embedding"]["table"]
+        new = {"embedding": {"table": self.embedding.add_gradient(total, dx_BTD, tokens_BT, context)}}
+        if self.positions is not None:
+            total = totals["positions"]["table"]
+            new["positions"] = {"table": self.positions.add_gradient(total, dx_BTD, sequence, context)}
+        return new
 
     def rotary_table(self, sequence: Sequence, context: Context) -> RotaryTable | None:
         """What all layers share about the tokens' places; computed once."""

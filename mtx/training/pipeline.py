@@ -15,8 +15,6 @@ Invariant: units out of the schedule compute on zeros and add nothing; gradients
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -24,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtx.collectives import cast_varying, varying_axes
-from mtx.nn.context import Extras
+from mtx.nn.context import Context, Dropout, Extras, Sequence
 from mtx.nn.param import Params
 from mtx.training.accumulate import pick_microbatch
 from mtx.training.forward import Forward, Inputs, join_extras
@@ -47,52 +45,30 @@ def _replace(value: jax.Array, saved: jax.Array) -> jax.Array:
 _replace.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 
-@dataclass(frozen=True)
 class _Pipeline:
     """One device's part of a step.
 
-    Attributes:
-        prepared: As `Forward.prepare` gives it.
-        microbatches: [M, b, ...] arrays, whole rows.
-        key: Of the step's dropout; None: no dropout.
-        count: How many of the microbatches are used.
+    Built before the loops: what it computes then is computed once, and used in all of them.
     """
 
-    forward: Forward
-    prepared: Any
-    microbatches: Inputs
-    key: jax.Array | None
-    count: jax.Array | int
-
-    @cached_property
-    def stages(self) -> Stages:
-        stages = self.forward.setup.stages
-        assert stages is not None
-        return stages
-
-    @cached_property
-    def schedule(self) -> Lockstep:
-        return Lockstep(self.stages.num_stages, self.stages.virtual_stages, self.count)
-
-    @cached_property
-    def stage(self) -> jax.Array | int:
-        return self.forward.setup.context.comm.index("layers")
-
-    @cached_property
-    def head(self) -> Head:
-        return Head(self.forward, self.prepared, self.stage)
-
-    @cached_property
-    def weights(self) -> list[Params]:
-        """For each slot the weights of all chunks, [virtual_stages, ...]; without that dim if there is one chunk."""
-        line, slots = self.prepared["line"], len(self.stages.slots)
-        if self.stages.virtual_stages == 1:
-            return line
-        return [jax.tree.map(lambda *chunks: jnp.stack(chunks), *line[slot::slots]) for slot in range(slots)]
-
-    @property
-    def embed_weights(self) -> Params:
-        return {name: self.prepared[name] for name in self.forward.setup.definition.ends.embed}
+    def __init__(
+        self, forward: Forward, prepared: Any, microbatches: Inputs, key: jax.Array | None, count: jax.Array | int
+    ):
+        """Args: prepared: as `Forward.prepare` gives it; microbatches: [M, b, ...], whole rows; key: of the step's
+        dropout, None: no dropout; count: how many of the microbatches are used."""
+        setup = forward.setup
+        assert setup.stages is not None
+        self.forward, self.microbatches, self.key = forward, microbatches, key
+        self.stages: Stages = setup.stages
+        self.schedule = Lockstep(self.stages.num_stages, self.stages.virtual_stages, count)
+        self.stage = setup.context.comm.index("layers")
+        self.embed_weights: Params = {name: prepared[name] for name in setup.definition.ends.embed}
+        self.head = Head(forward, prepared, self.stage)
+        line, slots = prepared["line"], len(self.stages.slots)
+        # For each slot the weights of all chunks, [virtual_stages, ...]; without that dim if there is one chunk.
+        self.weights: list[Params] = line
+        if self.stages.virtual_stages > 1:
+            self.weights = [jax.tree.map(lambda *chunks: jnp.stack(chunks), *line[s::slots]) for s in range(slots)]
 
     def chunk(self, index: jax.Array) -> list[Params]:
         """The weights of one chunk."""
@@ -113,12 +89,19 @@ class _Pipeline:
         """A unit of the last stage, valid if its output goes into the head."""
         return unit._replace(valid=unit.valid & (unit.chunk == self.stages.virtual_stages - 1))
 
-    def embed(self, weights: Params, inputs: Inputs) -> jax.Array:
+    def embed(self, inputs: Inputs) -> jax.Array:
         """The input of the first layer."""
-        context, dropout = self.forward.setup.context, self.forward.dropout(inputs, self.key)
-        site = None if dropout is None else dropout.at(0)
-        x_BTD = self.forward.bind(weights).embed(inputs["tokens"], self.forward.sequence(inputs), context, site)
-        return context.comm.varying(x_BTD)
+        context, model = self.forward.setup.context, self.forward.bind(self.embed_weights)
+        return context.comm.varying(model.embed(inputs["tokens"], *self._at_embedding(inputs)))
+
+    def add_embed_gradient(self, grads: Params, dx_BTD: jax.Array, inputs: Inputs) -> Params:
+        """Adds the gradient of what `embed` used to the accumulators."""
+        totals, model = {name: grads[name] for name in self.embed_weights}, self.forward.bind(self.embed_weights)
+        return grads | model.add_embed_gradient(totals, dx_BTD, inputs["tokens"], *self._at_embedding(inputs))
+
+    def _at_embedding(self, inputs: Inputs) -> tuple[Sequence, Context, Dropout | None]:
+        dropout = self.forward.dropout(inputs, self.key)
+        return self.forward.sequence(inputs), self.forward.setup.context, None if dropout is None else dropout.at(0)
 
     def run(
         self, weights: list[Params], x_BTD: jax.Array, inputs: Inputs, chunk: jax.Array, saved: Saved | None = None
@@ -176,7 +159,7 @@ class _Pipeline:
         """The forward unit of a tick: its input, its output, and what its layers named."""
         unit = self.schedule.forward(tick, self.stage)
         inputs = self.read(unit)
-        x_BTD = jnp.where(self.is_first(unit), self.embed(self.embed_weights, inputs), received_BTD)
+        x_BTD = jnp.where(self.is_first(unit), self.embed(inputs), received_BTD)
         x_BTD = jnp.where(unit.valid, x_BTD, 0)  # always finite
         out_BTD, record, _ = self.run(self.chunk(unit.chunk), x_BTD, inputs, unit.chunk)
         return x_BTD, out_BTD, record
@@ -212,9 +195,8 @@ class _Pipeline:
         # With a gradient of zero and finite inputs, all gradients are zero where the unit is not valid.
         dw, dx_BTD = pullback((jnp.where(unit.valid, dy_BTD, 0), d_losses))
         grads = {**grads, "weights": self._add_to_chunk(grads["weights"], dw, unit.chunk)}
-        _, pullback = jax.vjp(lambda w: self.embed(w, inputs), self.embed_weights)
-        (dw,) = pullback(jnp.where(unit.valid & self.is_first(unit), dx_BTD, 0))
-        grads |= {name: _add(grads[name], dw[name]) for name in dw}
+        is_embedded = unit.valid & self.is_first(unit)
+        grads = self.add_embed_gradient(grads, jnp.where(is_embedded, dx_BTD, 0), inputs)
         shares = jax.tree.map(lambda value: jnp.where(unit.valid, comm.share(value), 0), {**losses, **counts})
         for name, value in shares.items():
             # Of counts, the rows of this chunk.
@@ -234,7 +216,7 @@ class _Pipeline:
     def zeros(self) -> jax.Array:
         """What stages receive before there is anything: [b, T, D]."""
         unit = self.schedule.forward(0, self.stage)
-        shape = jax.eval_shape(lambda: self.embed(self.embed_weights, self.read(unit)))
+        shape = jax.eval_shape(lambda: self.embed(self.read(unit)))
         return self.forward.setup.context.comm.varying(jnp.zeros(shape.shape, shape.dtype))
 
     def rings(self, x_BTD: jax.Array) -> Any:

@@ -11,8 +11,7 @@ stages of one activation each; `last` costs a branch, before which a GPU waits f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,64 +19,40 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtx.collectives import cast_varying, varying_axes
-from mtx.nn.context import Context
 from mtx.nn.loss import Rows
 from mtx.nn.param import Params
 from mtx.training.forward import Forward, Inputs
 
 
-@dataclass(frozen=True)
 class Head:
-    """One device's part of the head.
+    """One device's part of the head. Built before the loops, in which its weights do not change."""
 
-    Attributes:
-        prepared: As `Forward.prepare` gives it.
-        stage: Of this device.
-    """
-
-    forward: Forward
-    prepared: Any
-    stage: jax.Array | int
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.forward.setup.run.pipeline.head == "sharded"
-
-    @cached_property
-    def context(self) -> Context:
-        context = self.forward.setup.context
-        if not self.is_sharded:
-            return context
-        rules = context.comm.rules
-        vocab = (*rules["vocab"], *rules["layers"])  # a shard's rows are shared among the stages
-        return replace(context, comm=replace(context.comm, rules={**rules, "vocab": vocab}))
-
-    @cached_property
-    def rows(self) -> tuple[jax.Array | int, int, Rows | None]:
-        """First row of the local table that this stage has, how many, and what they stand for."""
-        comm = self.forward.setup.context.comm
-        table = self.prepared[self.forward.setup.definition.ends.table]["table"]
-        if not self.is_sharded:
-            return 0, table.shape[0], None
-        wanted = -(-table.shape[0] // comm.size("layers"))
-        # The last stages begin earlier where the rows do not divide, and leave out those that others have.
-        start = jnp.minimum(self.stage * wanted, table.shape[0] - wanted)
-        uneven = table.shape[0] % comm.size("layers") > 0
-        first = comm.index("vocab") * table.shape[0] + start
-        return start, wanted, Rows(first, self.stage * wanted - start if uneven else None)
-
-    @cached_property
-    def weights(self) -> Params:
-        """The parameters of the head, its table cut to the rows of this stage."""
-        ends = self.forward.setup.definition.ends
-        start, count, _ = self.rows
-        table = lax.dynamic_slice_in_dim(self.prepared[ends.table]["table"], start, count, 0)
-        return {name: self.prepared[name] for name in ends.head} | {ends.table: {"table": table}}
+    def __init__(self, forward: Forward, prepared: Any, stage: jax.Array | int):
+        """Args: prepared: as `Forward.prepare` gives it; stage: of this device."""
+        setup, ends = forward.setup, forward.setup.definition.ends
+        self.forward, self.stage, self.context = forward, stage, setup.context
+        self.is_sharded = setup.run.pipeline.head == "sharded"
+        self.table, self.rows = ends.table, None
+        table = prepared[ends.table]["table"]
+        # The rows of the local table that this stage has: the first, and how many.
+        self.start, self.count = 0, table.shape[0]
+        if self.is_sharded:
+            comm = setup.context.comm
+            stages = comm.size("layers")
+            self.count = -(-table.shape[0] // stages)
+            # The last stages begin earlier where the rows do not divide, and leave out those that others have.
+            self.start = jnp.minimum(stage * self.count, table.shape[0] - self.count)
+            skip = stage * self.count - self.start if table.shape[0] % stages else None
+            self.rows = Rows(comm.index("vocab") * table.shape[0] + self.start, skip)
+            rules = {**comm.rules, "vocab": (*comm.rules["vocab"], *comm.rules["layers"])}
+            self.context = replace(setup.context, comm=replace(comm, rules=rules))
+        cut = {"table": lax.dynamic_slice_in_dim(table, self.start, self.count, 0)}
+        self.weights: Params = {name: prepared[name] for name in ends.head} | {ends.table: cut}
 
     def _loss(self, weights: Params, x_BTD: jax.Array, inputs: Inputs) -> jax.Array:
         chunk = self.forward.setup.run.train.loss_chunk_tokens
         model = self.forward.bind(weights)
-        return model.loss(x_BTD, inputs["targets"], inputs["weights"], self.context, chunk, self.rows[2])
+        return model.loss(x_BTD, inputs["targets"], inputs["weights"], self.context, chunk, self.rows)
 
     def _receive(self, out_BTD: jax.Array) -> jax.Array:
         """The last stage's output, on all stages."""
@@ -129,11 +104,10 @@ class Head:
         else:
             nothing = jax.tree.map(jnp.zeros_like, (jnp.float32(0), out_BTD, self.weights))
             loss, dx_BTD, dw = self._on_last_stage(valid, lambda: compute(out_BTD, seed), nothing)
-        table, (start, count, _) = self.forward.setup.definition.ends.table, self.rows
-        total = grads[table]["table"]
-        added = lax.dynamic_slice_in_dim(total, start, count, 0) + dw[table]["table"].astype(total.dtype)
-        new = {table: {"table": lax.dynamic_update_slice_in_dim(total, added, start, 0)}}
+        total = grads[self.table]["table"]
+        added = lax.dynamic_slice_in_dim(total, self.start, self.count, 0) + dw[self.table]["table"].astype(total.dtype)
+        new = {self.table: {"table": lax.dynamic_update_slice_in_dim(total, added, self.start, 0)}}
         for name in dw:
-            if name != table:
+            if name != self.table:
                 new[name] = jax.tree.map(lambda g, d: g + d.astype(g.dtype), grads[name], dw[name])
         return loss, dx_BTD, {**grads, **new}
