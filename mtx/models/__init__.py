@@ -88,3 +88,13 @@ def abstract_parameters(config: schema.Model) -> tuple[Params, Params]:
 def count_parameters(config: schema.Model) -> int:
     """Number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(config)[0]))
+
+
+def count_active_parameters(config: schema.Model) -> int:
+    """Number of parameters that have a part in the output of one token: of the routed experts, its own only."""
+    params, axes = abstract_parameters(config)
+
+    def count(leaf: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> int:
+        return leaf.size * config.experts_per_token // config.num_experts if "experts" in names else leaf.size
+
+    return sum(jax.tree.leaves(jax.tree.map(count, params, axes)))

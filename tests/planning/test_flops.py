@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -69,11 +70,22 @@ def test_causal_attention_is_half_of_full():
 
 
 def test_what_counts_as_multiplied():
-    _, params, axes = gpt(layers=2, width=8, heads=2, vocab=32, seq_len=16)
+    model, params, axes = gpt(layers=2, width=8, heads=2, vocab=32, seq_len=16)
     matrices = 2 * 12 * 8 * 8
-    assert count_matmul_parameters(params, axes) == matrices + 32 * 8  # no bias, no gain, no position; the tied head
+    assert (
+        count_matmul_parameters(model, params, axes) == matrices + 32 * 8
+    )  # no bias, no gain, no position; the tied head
     untied = Model(vocab_size=32, d_model=8, num_layers=2, num_heads=2, max_seq_len=16, tie_embeddings=False)
-    assert count_matmul_parameters(*declare(untied)) == matrices + 32 * 8  # the head, not the embedding as well
+    assert count_matmul_parameters(untied, *declare(untied)) == matrices + 32 * 8  # the head, not the embedding as well
+
+
+def test_of_the_experts_a_tokens_own_count():
+    model = replace(gpt(layers=2, width=8, heads=2, vocab=32)[0], num_experts=4, experts_per_token=1, expert_every=2)
+    params, axes = declare(model)
+    dense = count_matmul_parameters(model, params, axes)
+    params["expert_layers"] = {"up": SimpleNamespace(shape=(1, 4, 8, 32)), "router": SimpleNamespace(shape=(1, 8, 4))}
+    axes["expert_layers"] = {"up": ("layers", "experts", "embed", "mlp"), "router": ("layers", "embed", "router")}
+    assert count_matmul_parameters(model, params, axes) == dense + 8 * 32 + 8 * 4
 
 
 def test_mfu_of_published_runs():
