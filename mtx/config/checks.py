@@ -25,7 +25,16 @@ def check_run(run: schema.Run, provenance: Mapping[str, Origin]) -> list[str]:
     """What is wrong with a run whatever the devices; empty if nothing is."""
 
     show = partial(show_setting, run, provenance)
-    rules = (_check_model, _check_position, _check_train, _check_ramp, _check_mesh, _check_data, _check_checkpoint)
+    rules = (
+        _check_model,
+        _check_experts,
+        _check_position,
+        _check_train,
+        _check_ramp,
+        _check_mesh,
+        _check_data,
+        _check_checkpoint,
+    )
     messages = [message for rule in rules for message in rule(run, show)]
     for part in render.parts(run).values():
         if hasattr(part, "check"):
@@ -65,6 +74,54 @@ def _check_model(run: schema.Run, show: Show) -> Iterator[str]:
                 yield f"Rules.overrides: {name!r}: {axis!r} is no mesh axis; {nearest(axis, MESH_AXES)}"
         if len(set(chosen)) < len(chosen):
             yield f"Rules.overrides: {name!r}: {format_value(chosen)} names a mesh axis twice: keep one"
+
+
+EXPERT_FIELDS = (
+    "experts_per_token", "expert_d_ff", "expert_every", "first_dense_layers", "num_shared_experts",
+    "expert_capacity_factor", "router_score", "normalize_expert_weights", "load_balance_loss", "router_z_loss",
+    "expert_bias_rate",
+)  # fmt: skip
+
+
+def _check_experts(run: schema.Run, show: Show) -> Iterator[str]:
+    model = run.model
+    if not model.num_experts:
+        for name in EXPERT_FIELDS:
+            if getattr(model, name) != settings(schema.Model)[name].default:
+                yield useless(show, f"Model.{name}", "in a dense model", "set Model.num_experts")
+        return
+    experts, chosen = show("Model.num_experts"), show("Model.experts_per_token")
+    if not 1 <= model.experts_per_token <= model.num_experts:
+        yield f"{chosen} with {experts}: set Model.experts_per_token to a count from 1 to {model.num_experts}"
+    if "expert_layers" not in model.layer_stacks:
+        most = model.num_layers - model.first_dense_layers
+        cure = (
+            f"Model.expert_every to at most {most}"
+            if most > 0
+            else f"Model.first_dense_layers below {model.num_layers}"
+        )
+        yield (
+            f"no layer has the experts of {experts}: with {show('Model.first_dense_layers')} and "
+            f"{show('Model.expert_every')} the first would come after {show('Model.num_layers')}: set {cure}"
+        )
+    elif "layers" not in model.layer_stacks and None not in (model.d_ff, model.expert_d_ff):
+        cure = "set Model.expert_every or Model.first_dense_layers to have layers without experts"
+        yield useless(show, "Model.d_ff", f"where all layers have experts with {show('Model.expert_d_ff')}", cure)
+    if model.expert_capacity_factor == 0:
+        yield (
+            f"{show('Model.expert_capacity_factor')} would drop all tokens: set it to a number above 0, such as 1.25, "
+            "or to None to drop none"
+        )
+    if model.experts_per_token == model.num_experts:
+        for name in ("load_balance_loss", "expert_bias_rate"):
+            if getattr(model, name) > 0:
+                cure = f"raise Model.num_experts above {model.num_experts}"
+                yield useless(show, f"Model.{name}", f"where each token goes to all experts, with {chosen}", cure)
+    if model.experts_per_token == 1 and model.normalize_expert_weights:
+        yield (
+            f"{show('Model.normalize_expert_weights')} with {chosen} makes all weights 1, and the loss would teach the "
+            "router nothing: leave Model.normalize_expert_weights at None"
+        )
 
 
 def _check_position(run: schema.Run, show: Show) -> Iterator[str]:
