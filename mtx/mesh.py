@@ -63,3 +63,20 @@ def make_mesh(counts: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
     shape = tuple(getattr(counts, axis) for axis in MESH_AXES)
     return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def host_memory(mesh: Mesh) -> str:
+    """The kind of memory on the host that the devices of a mesh copy from and to without the processor's help.
+
+    Raises:
+        UserError: A device has none.
+    """
+    kind = "pinned_host"
+    for device in mesh.local_devices:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if kind not in kinds:
+            raise UserError(
+                f"Train.offload_optimizer = True needs memory of the kind {kind}, and {device} has "
+                f"{', '.join(kinds) or 'none'}: set Train.offload_optimizer = False"
+            )
+    return kind

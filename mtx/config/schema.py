@@ -237,6 +237,9 @@ class Train:
     dropout: float = setting(0.0, low=0.0, high=0.999, doc="probability on the embeddings and both residual branches")
     objective: Objective | None = setting(None, doc="what is learned; None: @Causal()")
     optimizer: Optimizer | None = setting(None, doc="None: @AdamW()")
+    offload_optimizer: bool = setting(
+        False, drift=FREE, doc="between steps the optimizer's moments live in the memory of the host (slower, smaller)"
+    )
     log_every: int = setting(10, low=1, drift=FREE, doc="steps between lines of metrics")
     eval_every: int | None = setting(None, low=1, drift=FREE, doc="steps between evaluations; None: at the end only")
     eval_batches: int = setting(8, low=1, drift=FREE, doc="batches per validation set and evaluation, at most")

@@ -125,7 +125,11 @@ class Canonical:
             specs: tuple[Any, Any] = source.sharding.spec, target.sharding.spec
             rows = _Rows(comm, stages, stack, *specs)
             moved = jax.shard_map(partial(body, rows), mesh=self.setup.mesh, in_specs=specs[0], out_specs=specs[1])
-            return jax.jit(moved, out_shardings=target.sharding)(x)
+
+            def through_device(x: jax.Array) -> jax.Array:
+                return moved(jax.device_put(x, jax.memory.Space.Device))  # moments may be on the host
+
+            return jax.jit(through_device, out_shardings=target.sharding)(x)
 
         def parts(tree: Any) -> Any:
             return {name: tree[name] for name in state}

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtx.collectives import Comm
 from mtx.config import schema
+from mtx.mesh import host_memory
 from mtx.models import ModelDefinition, define_model
 from mtx.nn.context import Context
 from mtx.nn.param import Params
@@ -173,6 +174,9 @@ class Setup:
         replicated = NamedSharding(self.mesh, P())
         arrays = self._abstract_params(params, placements)
         moments = shardings(placements, self.mesh, "optimizer")
+        if self.run.train.offload_optimizer:
+            kind = host_memory(self.mesh)
+            moments = jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), moments)
         optimizer = abstract_state(self.transformation, arrays, moments, replicated)
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
         return {"params": arrays, "optimizer": optimizer, "step": step}

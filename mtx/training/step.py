@@ -112,7 +112,9 @@ def make_train_step(setup: Setup) -> Any:
         key = jax.random.fold_in(jax.random.key(setup.run.train.seed + 1), state["step"])
         sums, grads = loss_and_gradients(state["params"], arrays, weight, key, scalars.get("num_microbatches"))
         grads, params = lax.with_sharding_constraint((grads, state["params"]), (update_shards, update_shards))
-        direction, optimizer = setup.transformation.update(grads, state["optimizer"], params)
+        # From the host, where they are offloaded; the shardings of the results bring them back.
+        moments = jax.device_put(state["optimizer"], jax.memory.Space.Device)
+        direction, optimizer = setup.transformation.update(grads, moments, params)
         params = jax.tree.map(lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction)
         if model.expert_bias_rate > 0:
             stack = balance(params["expert_layers"], sums["expert_load"], model.expert_bias_rate)
