@@ -77,19 +77,36 @@ Program = Callable[..., tuple[float, Any]]
 
 
 def make_program(setup: Setup) -> Program:
-    """Compiles (params, batch, seed=1) -> loss and gradients; all on the host, `seed` is of the dropout."""
-    program = jax.jit(make_loss_and_gradients(setup))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"])
-    objective: Any = setup.run.train.objective
+    """Compiles (params, batch, seed=1) -> loss and gradients; all on the host, `seed` is of the dropout.
+
+    Parameters and gradients have their layers in the canonical order.
+    """
+    sums = make_sums_program(setup)
 
     def compute(params: Any, batch: dict[str, np.ndarray], seed: int = 1) -> tuple[float, Any]:
+        totals, grads = sums(params, batch, seed)
+        return float(totals["loss"]), grads
+
+    return compute
+
+
+def make_sums_program(setup: Setup) -> Callable[..., tuple[dict[str, np.ndarray], Any]]:
+    """As `make_program`, but with all sums of the step (`mtx.training.sums`)."""
+    program = jax.jit(make_loss_and_gradients(setup))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"])
+    canonical = jax.tree.map(lambda leaf: leaf.sharding, setup.canonical.abstract_state["params"])
+    objective: Any = setup.run.train.objective
+
+    def compute(params: Any, batch: dict[str, np.ndarray], seed: int = 1) -> tuple[dict[str, np.ndarray], Any]:
         batch = {**batch, "rows": np.arange(len(batch["tokens"]), dtype=np.int32)}
         weight, key = objective.inputs(batch)["weights"].sum(), jax.random.key(seed)
-        sums, grads = program(jax.device_put(params, shardings), batch, weight, key, None)
+        placed = setup.canonical.load({"params": jax.device_put(params, canonical)})["params"]
+        sums, grads = program(placed, batch, weight, key, None)
         for g, sharding in zip(jax.tree.leaves(grads), jax.tree.leaves(shardings)):
             assert g.sharding.is_equivalent_to(sharding, g.ndim), (g.sharding, sharding)
             assert g.dtype == np.float32
-        return float(sums["loss"]), jax.tree.map(np.asarray, grads)
+        grads = setup.canonical.store({"params": grads})["params"]
+        return jax.tree.map(np.asarray, (sums, grads))
 
     return compute
 
