@@ -115,7 +115,9 @@ class Checkpoints:
 
         self._orbax.save(  # begins with a barrier, so the other processes see that done
             steps.saving_dir(self.directory, step),
-            args=ocp.args.Composite(**{name: ocp.args.PyTreeSave({name: tree}) for name, tree in state.items()}),
+            args=ocp.args.Composite(
+                **{name: ocp.args.PyTreeSave({name: jax.tree.map(_own, tree)}) for name, tree in state.items()}
+            ),
         )
         self._pending = self._thread.submit(self._complete, step, kept_meta, arrays)
 
@@ -242,6 +244,14 @@ def _leaves(state: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves by their path: `optimizer/0/mu/embed/w`."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(state))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _own(x: jax.Array) -> jax.Array:
+    """`x`, or a copy if it lives on the host: Orbax copies from devices only, and so would read what the next step
+    overwrites."""
+    if x.sharding.memory_kind in (None, "device"):
+        return x
+    return jax.jit(lambda a: jax.device_put(a, jax.memory.Space.Device), out_shardings=x.sharding)(x)
 
 
 def _check_arrays(step_dir: Path, abstract_state: Mapping[str, Any]) -> None:
