@@ -52,12 +52,27 @@ def apply(args: argparse.Namespace) -> None:
     count = getattr(args, "cpu_devices", None)
     if count is None:
         return
-    flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"]
-    if count > 1:
-        # That scheduler lets devices start independent collectives in different orders, which then wait for each other.
-        flags.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_simulate(count)}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _simulate(count: int) -> str:
+    flags = f"--xla_force_host_platform_device_count={count}"
+    # That scheduler lets devices start independent collectives in different orders, which then wait for each other.
+    return flags + " --xla_cpu_enable_concurrency_optimized_scheduler=false" * (count > 1)
+
+
+def simulated_environment(count: int) -> dict[str, str]:
+    """The environment of another process that checks numbers on `count` simulated CPU devices, alone.
+
+    XLA is told not to optimize its machine code: that halves the time to compile, which is most of such a process, and
+    changes rounding only. The collectives, decided before, stay as they are.
+    """
+    from mtx.mesh import ENVIRONMENT
+
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", *ENVIRONMENT))}
+    flags = f"{_simulate(count)} --xla_backend_optimization_level=0"
+    return {**inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def print_json(document: dict[str, Any]) -> None:
