@@ -19,31 +19,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtx.config import schema
-from mtx.config.axes import LOGICAL_AXES, MESH_AXES
+from mtx.config.rules import Rules, choose_rules
 from mtx.errors import UserError
-
-Rules = dict[str, tuple[str, ...]]
-"""Logical axis -> live mesh axes; empty where nothing shards it."""
 
 ZERO_AXES = ("fsdp", "data", "expert", "context")
 """Axes that split parameters only to save memory, in the order in which they divide a dim: those that are gathered
 first, once a step, are the minor ones, so that each gather joins neighbouring pieces."""
-
-_MEGATRON: dict[str, tuple[str, ...]] = {
-    "layers": ("pipe",),
-    "vocab": ("tensor",),
-    "embed": (),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "experts": ("expert",),
-    "router": (),
-    "batch": ("data", "fsdp", "expert"),
-    "seq": ("context",),
-    "seq_sp": ("context", "tensor"),
-    "positions": (),
-}
 
 
 def axis_sizes(mesh: Mesh) -> dict[str, int]:
@@ -51,33 +32,9 @@ def axis_sizes(mesh: Mesh) -> dict[str, int]:
     return dict(zip(mesh.axis_names, mesh.devices.shape))
 
 
-def make_rules(run: schema.Run, mesh: Mesh, *, sequence_parallel: bool | None = None) -> Rules:
-    """The rules of a run on a mesh: the Megatron preset, adapted to the model's counts, then the overrides.
-
-    Args:
-        sequence_parallel: Instead of the config's choice (decoding has sequences of one token, which nothing splits).
-
-    Raises:
-        UserError: An override names an axis that does not exist.
-    """
-    sizes = axis_sizes(mesh)
-    table = dict(_MEGATRON)
-    if not (run.rules.sequence_parallel if sequence_parallel is None else sequence_parallel):
-        table["seq_sp"] = table["seq"]
-    tensor = sizes["tensor"]
-    if run.model.vocab_size % tensor:
-        table["vocab"] = ()  # whole rows on each shard; tokens are split instead (nn.embedding, nn.loss)
-    if run.model.kv_heads % tensor:
-        table["kv_heads"] = ()  # fewer key/value heads than shards: each shard computes the one that it needs
-    for name, axes in run.rules.overrides.items():
-        chosen = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        if name not in LOGICAL_AXES or not set(chosen) <= set(MESH_AXES):
-            raise UserError(
-                f"Rules.overrides: {name!r}: {axes!r}; logical axes are {', '.join(LOGICAL_AXES)}, "
-                f"mesh axes are {', '.join(MESH_AXES)}"
-            )
-        table[name] = chosen
-    return {name: tuple(a for a in axes if sizes[a] > 1) for name, axes in table.items()}
+def make_rules(run: schema.Run, mesh: Mesh) -> Rules:
+    """The rules of a run on a mesh; see `mtx.config.rules.choose_rules`."""
+    return choose_rules(run, axis_sizes(mesh))
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,11 @@ def _check_train(run: schema.Run, show: Show) -> Iterator[str]:
         yield "neither Train.steps nor Train.tokens is set: set one of them, to say how long the run is"
     if train.steps is not None and train.tokens is not None:
         yield f"{show('Train.steps')} and {show('Train.tokens')} both say how long the run is: keep one"
+    if train.scan_layers and len(set(run.model.layer_stacks)) > 1:
+        yield (
+            f"{show('Train.scan_layers')} needs layers of one kind, and here some have experts and some an MLP "
+            f"({show('Model.expert_every')}, {show('Model.first_dense_layers')}): leave Train.scan_layers at None"
+        )
     if train.seq_len > run.model.max_seq_len:
         yield (
             f"{show('Train.seq_len')} is longer than {show('Model.max_seq_len')}: lower the one to "

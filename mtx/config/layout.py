@@ -1,26 +1,26 @@
-"""Rules between fields and devices: how a run fits a mesh.
+"""Layouts: the mesh that a run gets from a number of devices, whether the run fits it, and which others it would fit.
 
-Decides what a layout must satisfy; knows nothing of files or of devices that exist.
+Knows nothing of devices that exist; what fits is decided in `mtx.config.fit`.
 
-Invariant: each message names the fields with their values and says what to set.
+Invariant: a layout that is proposed passes the checks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 
 from mtx.config import schema
 from mtx.config.axes import MESH_AXES
-from mtx.config.wording import divisors, multiples
+from mtx.config.fit import Layout, contradictions, misfits
+from mtx.config.render import Origin
+from mtx.config.wording import divisors
 from mtx.errors import UserError
 
-LATER_AXES = ("pipe", "expert", "context")
-"""Mesh axes that the training step does not fill yet."""
-
-BATCH_AXES = ("data", "fsdp", "expert")
-"""Mesh axes over which the sequences of a batch are split."""
+Sizes = dict[str, int]
+"""Devices along each mesh axis."""
 
 
 def resolve_mesh(mesh: schema.Mesh, num_devices: int) -> schema.Mesh:
@@ -55,68 +55,86 @@ def resolve_mesh(mesh: schema.Mesh, num_devices: int) -> schema.Mesh:
     return mesh
 
 
-def check_layout(run: schema.Run, mesh: schema.Mesh) -> None:
-    """Checks that everything that is split over a mesh divides.
+def check_layout(run: schema.Run, mesh: schema.Mesh, provenance: Mapping[str, Origin] | None = None) -> None:
+    """Checks that a run fits a mesh and that all its options have an effect there.
 
     Args:
         mesh: With counts only (`resolve_mesh`).
+        provenance: Where values were set, which messages then tell.
 
     Raises:
-        UserError: All that does not divide.
+        UserError: All that does not fit, and the nearest layout of as many devices that does.
     """
-    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    messages = [
-        f"Mesh.{axis} = {sizes[axis]}: this version trains with pipe, expert and context at 1; use Mesh.fsdp "
-        "(weights gathered layer by layer) and Mesh.tensor (matrices split inside a layer) instead"
-        for axis in LATER_AXES
-        if sizes[axis] > 1
-    ]
-    sequence = ("context", "tensor") if run.rules.sequence_parallel else ("context",)
-    for logical, preset, key, size in (
-        ("heads", ("tensor",), "Model.num_heads", run.model.num_heads),
-        ("kv_heads", ("tensor",), "Model.num_kv_heads", run.model.num_kv_heads),
-        ("mlp", ("tensor",), "Model.d_ff", run.model.ff_width),
-        ("seq_sp", sequence, "Train.seq_len", run.train.seq_len),
-    ):
-        if size is None:
-            continue
-        axes, shards = _split(run, sizes, logical, preset)
-        shared = logical == "kv_heads" and shards % size == 0  # several shards compute with the same head
-        if size % shards and not shared:
-            messages.append(
-                f"{key} = {size} does not divide over {axes} = {shards}: set {key} to {multiples(size, shards)}, or "
-                f"{axes} to one of {divisors(size)}"
-            )
-    messages += _check_batch(run, *_split(run, sizes, "batch", BATCH_AXES))
+    found = tuple(axis for axis in MESH_AXES if getattr(run.mesh, axis) == -1)
+    layout = Layout(run=run, sizes=_sizes(mesh), provenance=provenance or {}, found=found)
+    messages = [*misfits(layout), *contradictions(layout)]
     if messages:
+        count = math.prod(layout.sizes.values())
+        devices = f"{count} devices" if count > 1 else "one device"
+        nearest = next(nearest_layouts(run, mesh, count), None)
+        if nearest is None:
+            messages.append(f"no layout of {devices} passes with the other settings as they are")
+        else:
+            changed = {axis: size for axis, size in _sizes(nearest).items() if size != layout.sizes[axis]}
+            lines = ", ".join(f"Mesh.{axis} = {size}" for axis, size in changed.items())
+            messages.append(f"the nearest layout of {devices} that works with the other settings as they are: {lines}")
         raise UserError("\n".join(messages))
 
 
-def _check_batch(run: schema.Run, axes: str, shards: int) -> Iterator[str]:
-    """Every size that the batch takes, over the data shards and then over microbatches."""
-    train, ramp = run.train, run.train.batch_ramp
-    sizes = {"Train.global_batch_size": train.global_batch_size}
-    if ramp:
-        sizes |= {"BatchRamp.start": ramp.start, "BatchRamp.increment": ramp.increment}
-    for key, size in sizes.items():
-        step = shards * (train.microbatch_size or 1)
-        if size % shards:
-            yield (
-                f"{key} = {size} sequences do not divide over {axes} = {shards} data shards: set {key} to "
-                f"{multiples(size, step)}, or {axes} to one of {divisors(size)}"
-            )
-        elif size % step:
-            yield (
-                f"{key} = {size} gives each of {shards} data shards ({axes}) {size // shards} sequences, which "
-                f"Train.microbatch_size = {train.microbatch_size} does not divide: set Train.microbatch_size to one of "
-                f"{divisors(size // shards)}, or {key} to {multiples(size, step)}"
-            )
+def nearest_layouts(run: schema.Run, mesh: schema.Mesh, num_devices: int) -> Iterator[schema.Mesh]:
+    """All other layouts of a number of devices that pass the checks, those most like a mesh first.
+
+    Most alike are those with the fewest axes changed; of these, those that begin to use the fewest axes (`data` is
+    nothing new); of these, those with the smallest changes.
+
+    Args:
+        mesh: With counts only.
+    """
+    old = _sizes(mesh)
+    # An axis that is too long by itself is so whatever the others are.
+    fitting = {
+        axis: [
+            size
+            for size in _divide(num_devices)
+            if next(misfits(Layout(run=run, sizes={**dict.fromkeys(MESH_AXES, 1), axis: size})), None) is None
+        ]
+        for axis in MESH_AXES
+    }
+
+    def distance(sizes: tuple[int, ...]) -> tuple[int, float, tuple[int, ...]]:
+        new = sum(old[axis] == 1 < size for axis, size in zip(MESH_AXES, sizes) if axis != "data")
+        change = math.prod(max(size / old[axis], old[axis] / size) for axis, size in zip(MESH_AXES, sizes))
+        return new, change, sizes
+
+    for number in range(1, len(MESH_AXES) + 1):
+        candidates: list[tuple[int, ...]] = []
+        for changed in itertools.combinations(MESH_AXES, number):
+            options = {
+                axis: [size for size in fitting[axis] if size != old[axis]] if axis in changed else [old[axis]]
+                for axis in MESH_AXES
+            }
+            candidates += _products(list(options.values()), num_devices)
+        for sizes in sorted(candidates, key=distance):
+            layout = Layout(run=run, sizes=dict(zip(MESH_AXES, sizes)))
+            if next(itertools.chain(misfits(layout), contradictions(layout)), None) is None:
+                yield schema.Mesh(**layout.sizes)
 
 
-def _split(run: schema.Run, sizes: Mapping[str, int], logical: str, axes: tuple[str, ...]) -> tuple[str, int]:
-    """The mesh axes that split a logical axis, as the config writes them, and into how many shards."""
-    if logical in run.rules.overrides:
-        chosen = run.rules.overrides[logical]
-        axes = (chosen,) if isinstance(chosen, str) else chosen or ()
-    live = [axis for axis in axes if sizes[axis] > 1]
-    return " * ".join(f"Mesh.{axis}" for axis in live), math.prod(sizes[axis] for axis in live)
+def _products(options: list[list[int]], product: int) -> Iterator[tuple[int, ...]]:
+    """One of each list, in all ways that give the product."""
+    if not options:
+        yield from [()] if product == 1 else []
+        return
+    for size in options[0]:
+        if product % size == 0:
+            yield from ((size, *rest) for rest in _products(options[1:], product // size))
+
+
+def _divide(number: int) -> list[int]:
+    """All its divisors."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _sizes(mesh: schema.Mesh) -> Sizes:
+    return {axis: getattr(mesh, axis) for axis in MESH_AXES}

@@ -22,8 +22,12 @@ Show = Callable[[str], str]
 def show_setting(run: schema.Run, provenance: Mapping[str, Origin], key: str) -> str:
     """'Model.d_model = 770 (runs/x.gin:3)'; without the place where nothing sets it."""
     owner, name = key.split(".")
-    place = f" ({provenance[key].place})" if key in provenance else ""
-    return f"{key} = {format_value(getattr(render.parts(run)[owner], name))}{place}"
+    return f"{key} = {format_value(getattr(render.parts(run)[owner], name))}{show_place(provenance, key)}"
+
+
+def show_place(provenance: Mapping[str, Origin], key: str) -> str:
+    """' (runs/x.gin:3)'; nothing where nothing sets it."""
+    return f" ({provenance[key].place})" if key in provenance else ""
 
 
 def useless(show: Show, key: str, circumstance: str, cure: str) -> str:

@@ -67,7 +67,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
     run = config.run
     require_training_data(run)
     counts = resolve_mesh(run.mesh, jax.device_count())
-    check_layout(run, counts)
+    check_layout(run, counts, config.provenance)
     setup = Setup(run, make_mesh(counts))
     data = open_training_data(run)
     total_steps = data.sizes.step_at_tokens(run.train.tokens or 0) if run.train.steps is None else run.train.steps

@@ -1,5 +1,6 @@
 """Configs with mistakes: the whole text of every message is kept. UPDATE_GOLDEN=1 rewrites it."""
 
+import dataclasses
 import os
 import pathlib
 import random
@@ -7,7 +8,7 @@ import string
 
 import pytest
 
-from mtx.config import reader
+from mtx.config import checks, reader, schema
 from mtx.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "config_mistakes"
@@ -33,6 +34,14 @@ def test_messages(case, monkeypatch):
 
 def test_base_of_the_cases_is_right():
     assert reader.load(GOLDEN / "base.gin").run.train.steps == 10
+
+
+def test_training_needs_data():
+    run = reader.load(GOLDEN / "base.gin").run
+    message = mistakes(checks.require_training_data, dataclasses.replace(run, data=schema.Data(train={})))
+    assert "Data.train is empty" in message
+    assert "mtx data build" in message
+    checks.require_training_data(dataclasses.replace(run, data=schema.Data(train={"store": 1.0})))
 
 
 def test_command_line():

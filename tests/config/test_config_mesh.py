@@ -1,0 +1,54 @@
+"""The mesh that a number of devices gives."""
+
+import dataclasses
+
+import pytest
+
+from mtx.config import layout, schema
+from mtx.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "sizes"),
+    [
+        ({}, 8, (1, 8, 1, 1, 1, 1)),
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({"tensor": 4}, 8, (1, 2, 1, 1, 1, 4)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"data": 8, "tensor": -1}, 8, (1, 8, 1, 1, 1, 1)),
+    ],
+)
+def test_mesh_takes_all_devices(mesh, devices, sizes):
+    assert dataclasses.astuple(layout.resolve_mesh(schema.Mesh(**mesh), devices)) == sizes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (
+            {"data": 1, "fsdp": 4, "tensor": 8},
+            "the mesh fsdp 4 * tensor 8 needs 32 devices and there are 8: lower Mesh.fsdp or Mesh.tensor, or give it "
+            "the devices (`--cpu-devices 32` simulates them)",
+        ),
+        (
+            {"tensor": 16},
+            "the mesh tensor 16 needs 16 devices and there are 8: lower Mesh.tensor, or give it the devices "
+            "(`--cpu-devices 16` simulates them)",
+        ),
+        (
+            {"tensor": 3},
+            "the mesh tensor 3 takes 3 devices at a time, which do not divide the 8 that there are: the product must "
+            "be one of 1, 2, 4, 8",
+        ),
+        (
+            {"data": 2, "tensor": 2},
+            "the mesh data 2 * tensor 2 would leave 4 of 8 devices idle: set Mesh.data = 4, or Mesh.data = -1 for "
+            "whatever is left",
+        ),
+    ],
+)
+def test_mesh_that_does_not_fit(mesh, message):
+    with pytest.raises(UserError) as caught:
+        layout.resolve_mesh(schema.Mesh(**mesh), 8)
+    assert str(caught.value) == message
