@@ -173,6 +173,7 @@ class Experts(Module):
     def _mlp(self, rows: jax.Array, weights: jax.Array, multiply: Product, context: Context, tap: Tap) -> jax.Array:
         """The experts' outputs times the weights of the choices: partial sums over the shards of `mlp`."""
         act = ACTIVATIONS[self.config.activation]
+        rows, weights = tap("expert_in", rows), tap("expert_weights", weights)
         hidden = tap("expert_hidden", multiply(self.up, rows, None))
         if self.gate is None:
             hidden = act(hidden)
@@ -218,6 +219,7 @@ class Experts(Module):
 
         if shards > 1:  # what each shard sent is sorted in itself; all of it has to be
             x_RD, weights_R, sizes_PE = (comm.exchange(a, "experts", 0, 0) for a in (x_RD, weights_R, sizes_PE))
+            sizes_PE = tap("expert_sizes", sizes_PE)
             ends_P1E = jnp.cumsum(sizes_PE, 1)[:, None]
             ids_R = (jnp.arange(room)[:, None] >= ends_P1E).sum(-1).reshape(-1)  # `here` where there is no token
             order_R = jnp.argsort(ids_R, stable=True)

@@ -77,7 +77,7 @@ class Router(Module):
         ranks_BTK, sent_BTK = None, routed_BTK
         if config.expert_capacity_factor is not None:
             capacity = slots_per_row(config, sequence.length * comm.size("seq"))
-            ranks_BTK = _rank_in_row(comm, routed_BTK, config.num_experts)
+            ranks_BTK = tap("expert_ranks", _rank_in_row(comm, routed_BTK, config.num_experts))
             sent_BTK = jnp.where(ranks_BTK < capacity, routed_BTK, config.num_experts)
 
         probabilities_BTE = scores_BTE if softmax else scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)

@@ -17,12 +17,12 @@ from mtx.nn.context import Tap, no_tap
 
 SELECTIVE = (
     "query", "key", "value", "after_attention", "mlp_hidden", "mlp_gate",
-    "router_logits", "expert_ids", "expert_hidden", "expert_gate",
+    "router_logits", "expert_ids", "expert_ranks", "expert_sizes", "expert_weights", "expert_hidden", "expert_gate",
 )  # fmt: skip
 """Values kept by `selective`: 9 to 11 times B x T x D per layer; with experts, the hidden layers of all that a token is
 sent to."""
 
-INPUTS = ("attention_in", "attention_out", "mlp_in")
+INPUTS = ("attention_in", "attention_out", "mlp_in", "expert_in")
 """What `none` keeps besides, where values are kept by name: with them no product and no collective is repeated."""
 
 

@@ -34,9 +34,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor2 fsdp4 zero1": {"mesh": {"tensor": 2, "fsdp": 4}, "rules": {"zero": 1}},
     "expert2 context2 tensor2": {"mesh": {"expert": 2, "context": 2, "tensor": 2}},
     "context4 expert2": {"mesh": {"expert": 2, "context": 4}},
+    "pipe2 expert2 tensor2 selective": {
+        "mesh": {"pipe": 2, "expert": 2, "tensor": 2}, "train": {"recompute": "selective", "microbatch_size": 1},
+    },
+    "pipe2 expert2 context2 none": {
+        "mesh": {"pipe": 2, "expert": 2, "context": 2}, "train": {"recompute": "none", "microbatch_size": 2},
+    },
 }  # fmt: skip
 CASES: dict[str, list[str]] = {
-    "mixtral": ["expert4 data2", "expert2 tensor2 data2", "expert2 context2 tensor2"],
+    "mixtral": ["expert4 data2", "expert2 tensor2 data2", "pipe2 expert2 tensor2 selective"],
     "switch": [
         "expert4 data2",
         "expert2 tensor2 fsdp2 no-sp selective micro",
@@ -47,7 +53,7 @@ CASES: dict[str, list[str]] = {
     "deepseek capacity": [
         "expert2 tensor2 data2",
         "expert2 tensor2 fsdp2 no-sp selective micro",
-        "expert2 context2 tensor2",
+        "pipe2 expert2 context2 none",
     ],
 }
 

@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from nn.expert_layouts import CASES as LAYOUTS
+from programs import run_json
 from tiny import GPT, LLAMA, worst_error
 
 from mtx.collectives import Comm
 from mtx.config.schema import Model
-from mtx.nn.context import Context, Sequence, no_tap
+from mtx.nn.context import Context, Sequence, Tap, no_tap
 from mtx.nn.experts import Experts, balance
 from mtx.nn.param import define
+from mtx.training.remat import rematerialize, tap_for
 
 BATCH, LENGTH = 3, 12
 MIXTRAL = Model(**LLAMA, num_experts=6, experts_per_token=2)
@@ -57,11 +61,11 @@ def make_inputs(*, padded: bool) -> tuple[np.ndarray, np.ndarray | None]:
     return x_BTD, (np.arange(LENGTH) < ends).astype(np.int32) if padded else None
 
 
-def compute(config: Model, params: Any, x_BTD: jax.Array, segments_BT: np.ndarray | None) -> Any:
+def compute(config: Model, params: Any, x_BTD: jax.Array, segments_BT: np.ndarray | None, tap: Tap = no_tap) -> Any:
     comm = Comm(rules=dict.fromkeys(("seq", "seq_sp", "mlp", "experts", "batch", "layers"), ()), sizes={})
     sequence = Sequence(None, None if segments_BT is None else jnp.asarray(segments_BT), LENGTH)
     experts = define(lambda rngs: Experts(rngs, config)).bind(params)
-    return experts(x_BTD, sequence, Context(comm), no_tap)
+    return experts(x_BTD, sequence, Context(comm), tap)
 
 
 jitted = jax.jit(compute, static_argnums=0)
@@ -131,7 +135,16 @@ def reference(config: Model, routes: Routes, valid_BT: np.ndarray, params: Any, 
     return y_BTD, {"load_balance_loss": balance_loss, "router_z_loss": z_loss, **counts}
 
 
-@pytest.mark.parametrize(("name", "padded"), [*((name, True) for name in CASES), ("top-2 with few slots", False)])
+RARE = ("top-1 of normalized weights", "top-2 with a slot for all", "all experts, with biases")
+
+
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        *(pytest.param(name, True, marks=[pytest.mark.slow] if name in RARE else []) for name in CASES),
+        ("top-2 with few slots", False),
+    ],
+)
 def test_output_extras_and_gradients_equal_the_reference(name, padded):
     config, params = CASES[name], make_params(CASES[name])
     x_BTD, segments_BT = make_inputs(padded=padded)
@@ -177,6 +190,32 @@ def test_even_load_and_equal_scores_have_a_balance_loss_of_one_per_row():
     assert float(extras["router_z_loss"]) == pytest.approx(BATCH * math.log(6) ** 2)
 
 
+def count_products(recompute: str, config: Model, params: Any, x_BTD: np.ndarray) -> int:
+    """Matrix products of a layer's forward and backward pass."""
+
+    def layer(params: Any, x_BTD: jax.Array) -> jax.Array:
+        return compute(config, params, x_BTD, None, tap_for(recompute))[0]
+
+    kept = rematerialize(layer, recompute, (), scanned=True)
+    program = jax.make_jaxpr(jax.grad(lambda params, x_BTD: kept(params, x_BTD).sum(), argnums=(0, 1)))(params, x_BTD)
+
+    def count(jaxpr: Any) -> int:
+        inner = sum(count(sub) for equation in jaxpr.eqns for sub in jaxprs_in_params(equation.params))
+        return inner + sum(e.primitive.name in ("dot_general", "ragged_dot_general") for e in jaxpr.eqns)
+
+    return count(program.jaxpr)
+
+
+@pytest.mark.parametrize("name", ["top-2 with few slots", "top-3 and shared experts"])
+def test_selective_recomputation_repeats_no_product(name):
+    config, params, (x_BTD, _) = CASES[name], make_params(CASES[name]), make_inputs(padded=False)
+    products = {
+        recompute: count_products(recompute, config, params, x_BTD) for recompute in ("none", "selective", "full")
+    }
+    assert products["none"] == 3 * (4 + 3 * (config.num_shared_experts > 0))  # forward, and two for each backward
+    assert products["selective"] == products["none"] < products["full"]
+
+
 def test_balance_moves_biases_towards_the_mean():
     bias_LE = jnp.asarray([[0.5, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
     weight_LDE = jnp.ones((2, 3, 4))
@@ -185,3 +224,18 @@ def test_balance_moves_biases_towards_the_mean():
     router = moved["feedforward"]["router"]
     np.testing.assert_allclose(router["balance_bias"], [[0.4, 0.1, 0.0, 0.1], [1.0, 2.0, 3.0, 4.0]], rtol=1e-6)
     np.testing.assert_array_equal(router["score"]["weight"], weight_LDE)
+
+
+EVERY_LAYOUT = [
+    pytest.param("deepseek", ["expert2 tensor2 data2"], id="deepseek"),
+    *(pytest.param(name, [], marks=pytest.mark.slow, id=f"{name}, all") for name in LAYOUTS),
+]
+
+
+@pytest.mark.parametrize(("name", "layouts"), EVERY_LAYOUT)
+def test_layouts_agree_with_one_device(name, layouts):
+    results = run_json("nn/expert_layouts.py", name, *layouts, devices=8)
+    assert set(results) == set(layouts or LAYOUTS[name])
+    for layout, (loss_error, worst, error) in results.items():
+        assert loss_error < 1e-6, layout
+        assert error < 1e-5, (layout, worst)
