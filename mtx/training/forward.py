@@ -81,9 +81,13 @@ class Forward:
         weights = jax.tree.map(self.setup.context.comm.gather_for_layer, rest, placements)
         return self.setup.definition.whole.bind(weights)
 
-    def bind_layer(self, stack: str, weights: Params) -> Any:
-        """One layer of a stack."""
+    def bind_layer(self, stack: str, weights: Params, x_BTD: jax.Array) -> Any:
+        """One layer of a stack, for the input `x_BTD`."""
         placements = self.setup.layer_placements[stack]
+        if any(placement.layer_axes for placement in jax.tree.leaves(placements)):
+            # Made to wait for the input, weights cannot be gathered before it: XLA would take the gathers of all layers
+            # out of the loop over microbatches, and hold the whole model.
+            weights, _ = lax.optimization_barrier((weights, x_BTD))
         gathered = jax.tree.map(self.setup.context.comm.gather_for_layer, weights, placements)
         return self.setup.definition.layers[stack].bind(gathered)
 
@@ -124,7 +128,7 @@ class Forward:
             ) -> tuple[jax.Array, Cache | None, Extras]:
                 sequence, table, dropout, start = shared
                 site = None if dropout is None else dropout.at(index)
-                layer = self.bind_layer(stack, weights)
+                layer = self.bind_layer(stack, weights, x_BTD)
                 return layer(x_BTD, sequence, table, context, site, tap, cache, start)
 
             return rematerialize(apply, recompute, regathered, scanned=setup.scans_layers)

@@ -142,7 +142,7 @@ class _Pipeline:
 
                 if slot:  # that of slot 0 is the input of the stage
                     x_BTD = tap("layer_in", x_BTD)
-                y_BTD, _, extra = forward.bind_layer(stack, w)(x_BTD, sequence, table, context, site, tap)
+                y_BTD, _, extra = forward.bind_layer(stack, w, x_BTD)(x_BTD, sequence, table, context, site, tap)
                 return context.comm.varying(y_BTD), named, extra
 
             y_BTD, named, extra = apply(layer_weights, x_BTD)
