@@ -264,7 +264,8 @@ def _check_batch(layout: Layout) -> Iterator[str]:
             yield (
                 f"{shown} gives {where} {'' if microbatch else 'at most '}{most} microbatches, and with "
                 f"{layout.show('Pipeline.virtual_stages')} they go through the stages in groups of "
-                f"{layout.show('Mesh.pipe')}: set {key} to {sizes}, or Pipeline.virtual_stages to 1"
+                f"{layout.show('Mesh.pipe')}: set {key} to {sizes} ({multiples(most, group)} microbatches), or "
+                "Pipeline.virtual_stages to 1"
             )
 
 

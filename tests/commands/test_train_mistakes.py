@@ -68,8 +68,9 @@ def test_vocabulary_larger_than_the_models(mistake):
 
 def test_batch_that_does_not_divide(mistake):
     message = mistake("Train.global_batch_size = 12")
-    assert "Train.global_batch_size = 12 sequences do not divide over Mesh.data = 8" in message
+    assert "Train.global_batch_size = 12 (<command line>) sequences do not divide over Mesh.data = 8" in message
     assert "8 or 16" in message
+    assert "the nearest layout of 8 devices that works with the other settings as they are: Mesh.data = 4, " in message
 
 
 def test_more_mesh_than_devices(mistake):

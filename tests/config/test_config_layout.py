@@ -121,7 +121,8 @@ MISTAKES = [
     (
         {"pipeline": CHUNKS, "model": LAYERS}, {"pipe": 5},
         "Train.global_batch_size = 24 gives the one data shard 8 microbatches, and with Pipeline.virtual_stages ="
-        " 2 they go through the stages in groups of Mesh.pipe = 5: set Train.global_batch_size to 15 or 30, or "
+        " 2 they go through the stages in groups of Mesh.pipe = 5: set Train.global_batch_size to 15 or 30 "
+        "(5 or 10 microbatches), or "
         "Pipeline.virtual_stages to 1\n"
         "no layout of 5 devices passes with the other settings as they are",
     ),
@@ -129,7 +130,7 @@ MISTAKES = [
         {"pipeline": CHUNKS, "model": LAYERS, "train": {"microbatch_size": None}}, {"pipe": 5},
         "Train.global_batch_size = 24 gives the one data shard at most 24 microbatches, and with "
         "Pipeline.virtual_stages = 2 they go through the stages in groups of Mesh.pipe = 5: set "
-        "Train.global_batch_size to 20 or 25, or Pipeline.virtual_stages to 1\n"
+        "Train.global_batch_size to 20 or 25 (20 or 25 microbatches), or Pipeline.virtual_stages to 1\n"
         "no layout of 5 devices passes with the other settings as they are",
     ),
     (

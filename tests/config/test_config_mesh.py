@@ -1,10 +1,11 @@
 """The mesh that a number of devices gives."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
-from mtx.config import layout, schema
+from mtx.config import layout, reader, schema
 from mtx.errors import UserError
 
 
@@ -52,3 +53,26 @@ def test_mesh_that_does_not_fit(mesh, message):
     with pytest.raises(UserError) as caught:
         layout.resolve_mesh(schema.Mesh(**mesh), 8)
     assert str(caught.value) == message
+
+
+def load_mt_nlg(*overrides):
+    return reader.load(pathlib.Path(__file__).parents[2] / "configs" / "runs" / "mt_nlg_530b.gin", overrides)
+
+
+@pytest.mark.parametrize(("devices", "replicas"), [(2240, 8), (3360, 12)])
+def test_mt_nlg_has_its_published_layout(devices, replicas):
+    config = load_mt_nlg()
+    mesh = layout.resolve_mesh(config.run.mesh, devices)
+    assert mesh == schema.Mesh(pipe=35, data=replicas, tensor=8)
+    layout.check_layout(config.run, mesh, config.provenance)
+
+
+def test_mt_nlg_cannot_be_interleaved():
+    """Groups of 35 microbatches are not the 240 of a replica."""
+    config = load_mt_nlg("Pipeline.virtual_stages = 3", "Train.batch_ramp = None")
+    with pytest.raises(UserError) as caught:
+        layout.check_layout(config.run, layout.resolve_mesh(config.run.mesh, 2240), config.provenance)
+    message = str(caught.value)
+    assert "gives each of 8 data shards (Mesh.data) 240 microbatches" in message
+    assert "set Train.global_batch_size to 1680 or 1960 (210 or 245 microbatches)" in message
+    assert "2240 devices" in message
