@@ -49,7 +49,8 @@ def divisors_of_losses(model: schema.Model, weight: jax.Array, num_sequences: ja
 
 def coefficient(model: schema.Model, name: str) -> float:
     """With which weight a mean loss enters the objective."""
-    return 1.0 if name == "loss" else float(getattr(model, name))
+    routing = {"load_balance_loss": model.load_balance_loss, "router_z_loss": model.router_z_loss}
+    return 1.0 if name == "loss" else routing[name]
 
 
 def as_metrics(totals: Sums) -> dict[str, jax.Array]:
