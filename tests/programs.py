@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,44 @@ def run_json(program: str, *arguments: str, devices: int, timeout_s: float = 400
     """What a program of `tests/` prints as JSON on its last line."""
     process = run([str(ROOT / "tests" / program), *arguments], env=environment(devices), timeout_s=timeout_s)
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def run_processes(arguments: list[str], *, count: int, env: dict[str, str], timeout_s: float = 300) -> list[str]:
+    """Runs the processes of one distributed program to their ends; what each prints, errors included.
+
+    Each has a process group of its own, which is killed at the time limit or when another process fails.
+    """
+    launcher = {"MTX_COORDINATOR": f"127.0.0.1:{free_port()}", "MTX_NUM_PROCESSES": str(count)}
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**env, **launcher, "MTX_PROCESS_ID": str(index)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+            for index, file in enumerate(files)
+        ]
+        deadline = time.monotonic() + timeout_s
+        try:
+            while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for file in files:
+            file.seek(0)
+        outputs = [file.read() for file in files]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * count, f"exits {codes}\n" + "\n".join(outputs)
+    return outputs
 
 
 def free_port() -> int:

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 
 from mtx.config import schema
+from mtx.data.ramp import BatchSizes
 from mtx.mesh import make_mesh
 from mtx.objectives.causal import Causal
 from mtx.optim.adamw import AdamW
+from mtx.training.inputs import make_train_batch
 from mtx.training.state import Setup
-from mtx.training.step import make_loss_and_gradients
+from mtx.training.step import make_loss_and_gradients, make_train_step
 
 GPT: dict[str, Any] = {
     "vocab_size": 96, "d_model": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 16, "init_std": 0.2,
@@ -125,3 +127,30 @@ def worst_error(actual: Any, expected: Any) -> tuple[str, float]:
     errors = jax.tree_util.tree_leaves_with_path(jax.tree.map(one, actual, expected))
     path, error = max(errors, key=lambda item: item[1])
     return jax.tree_util.keystr(path), error
+
+
+class Samples:
+    """Reads sample i of the run as tokens that follow from i alone."""
+
+    def __init__(self, sizes: BatchSizes):
+        self.sizes = sizes
+
+    def read(self, step: int, rows: Any) -> dict[str, np.ndarray]:
+        """The rows of the batch of a step (0-based)."""
+        first = self.sizes.first_sample(step)
+        return {"tokens": np.concatenate([make_tokens(seed=first + int(row), batch=1) for row in rows])}
+
+
+def train(setup: Setup, steps: int, state: Any = None, *, first: int = 0) -> tuple[Any, list[list[float]]]:
+    """Trains from a state, which is consumed, or from the first one; the state, and each step's loss and norm.
+
+    Each step is waited for: simulated devices that are steps apart can take each other's threads and stand still.
+    """
+    sizes = BatchSizes(
+        global_batch_size=setup.run.train.global_batch_size, seq_len=SEQ_LEN, ramp=setup.run.train.batch_ramp
+    )
+    step, state, told = make_train_step(setup), setup.initialize() if state is None else state, []
+    for number in range(first, first + steps):
+        state, metrics = step(state, make_train_batch(setup, Samples(sizes), sizes, number))
+        told.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return state, told

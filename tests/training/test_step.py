@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import reference_loss
-from tiny import GPT, SEQ_LEN, make_setup, make_tokens
+from tiny import GPT, SEQ_LEN, Samples, make_setup, make_tokens
 
 from mtx.config import schema
 from mtx.data.ramp import BatchSizes
@@ -19,17 +19,6 @@ from mtx.training.inputs import make_train_batch
 from mtx.training.step import make_train_step
 
 MODEL = {**GPT, "num_layers": 1}
-
-
-class Samples:
-    """Reads sample i of the run as tokens that follow from i alone."""
-
-    def __init__(self, sizes: BatchSizes):
-        self.sizes = sizes
-
-    def read(self, step: int, rows: Any) -> dict[str, np.ndarray]:
-        first = self.sizes.first_sample(step)
-        return {"tokens": np.concatenate([make_tokens(seed=first + int(row), batch=1) for row in rows])}
 
 
 def test_three_steps_equal_adamw_by_hand():
