@@ -54,22 +54,23 @@ class Layout:
         """Logical axis -> live mesh axes."""
         return choose_rules(self.run, self.sizes)
 
+    def live(self, *logical: str) -> list[str]:
+        """Mesh axes that split any of some logical axes, in mesh order."""
+        return [axis for axis in MESH_AXES if any(axis in self.rules[name] for name in logical)]
+
     def shards(self, *logical: str) -> int:
         """Devices over which logical axes are split."""
         return math.prod(self.sizes[axis] for axis in {axis for name in logical for axis in self.rules[name]})
 
     def axes(self, *logical: str) -> str:
         """'Mesh.data * Mesh.fsdp': the axes that split them."""
-        live = {axis for name in logical for axis in self.rules[name]}
-        return " * ".join(f"Mesh.{axis}" for axis in MESH_AXES if axis in live)
+        return " * ".join(f"Mesh.{axis}" for axis in self.live(*logical))
 
     def split(self, *logical: str) -> str:
         """'Mesh.data * Mesh.fsdp = 8 (runs/x.gin:4, runs/x.gin:5)': those axes and their product."""
-        chosen = [
-            axis for axis in MESH_AXES if f"Mesh.{axis}" in self.axes(*logical).split() and axis not in self.found
-        ]
-        places = [self.provenance[f"Mesh.{axis}"].place for axis in chosen if f"Mesh.{axis}" in self.provenance]
-        where = f" ({', '.join(dict.fromkeys(places))})" if places else ""
+        keys = [f"Mesh.{axis}" for axis in self.live(*logical) if axis not in self.found]
+        places = dict.fromkeys(self.provenance[key].place for key in keys if key in self.provenance)
+        where = f" ({', '.join(places)})" if places else ""
         return f"{self.axes(*logical)} = {self.shards(*logical)}{where}"
 
     def show(self, key: str) -> str:
@@ -204,8 +205,9 @@ def _check_widths(layout: Layout) -> Iterator[str]:
 
 
 def _divide(layout: Layout, logical: str, key: str, size: int) -> Iterator[str]:
-    shards, axes = layout.shards(logical), layout.axes(logical)
+    shards = layout.shards(logical)
     if size % shards:
+        axes = layout.axes(logical)
         yield (
             f"{layout.show_value(key, size)} does not divide over {layout.split(logical)}: set {key} to "
             f"{multiples(size, shards)}, or {axes} to one of {divisors(size)}"
@@ -239,8 +241,7 @@ def _batch_sizes(run: schema.Run) -> dict[str, int]:
 
 def _check_batch(layout: Layout) -> Iterator[str]:
     """Every size of the batch over data shards, microbatches, and the groups of an interleaved pipeline."""
-    shards, axes = layout.shards("batch"), layout.axes("batch")
-    microbatch = layout.run.train.microbatch_size
+    shards, microbatch = layout.shards("batch"), layout.run.train.microbatch_size
     stages, chunks = layout.sizes["pipe"], layout.run.pipeline.virtual_stages
     group = stages if stages > 1 and chunks > 1 else 1
     step = shards * (microbatch or 1) * group
@@ -248,6 +249,7 @@ def _check_batch(layout: Layout) -> Iterator[str]:
         if size % step == 0:
             continue
         shown, share, sizes = layout.show_value(key, size), size // shards, multiples(size, step)
+        axes = layout.axes("batch")
         where = f"each of {shards} data shards ({axes})" if shards > 1 else "the one data shard"
         if size % shards:
             yield (
@@ -297,21 +299,22 @@ def _check_pipeline(layout: Layout) -> Iterator[str]:
 
 def _check_exchange(layout: Layout) -> Iterator[str]:
     run, parts = layout.run, layout.shards("seq")
-    exchange, kernel = layout.show("Train.context_exchange"), layout.show("Train.attention")
     if run.train.context_exchange == "all_to_all":
         if layout.is_one("context"):
             circumstance = f"with {layout.show('Mesh.context')}"
             yield useless(layout.show, "Train.context_exchange", circumstance, "set Mesh.context to 2 or more")
-        heads, shards, axes = run.model.num_heads, layout.shards("heads"), layout.axes("seq")
+        heads, shards = run.model.num_heads, layout.shards("heads")
         if heads % shards == 0 and heads // shards % parts:
+            axes = layout.axes("seq")
             yield (
-                f"{exchange} splits the heads of a device over {layout.split('seq')}, and "
+                f"{layout.show('Train.context_exchange')} splits the heads of a device over {layout.split('seq')}, and "
                 f"{layout.show('Model.num_heads')} leaves it {heads // shards}: set Model.num_heads to "
                 f"{multiples(heads, shards * parts)}, or {axes} to one of {divisors(heads // shards)}, or "
                 "Train.context_exchange = 'ring'"
             )
     elif run.train.attention == "cudnn" and parts > 1:
         yield (
-            f"{kernel} computes whole sequences, and with {exchange} a device has a part of them, "
-            f"over {layout.split('seq')}: set Train.context_exchange = 'all_to_all', or Train.attention = 'auto'"
+            f"{layout.show('Train.attention')} computes whole sequences, and with "
+            f"{layout.show('Train.context_exchange')} a device has a part of them, over {layout.split('seq')}: set "
+            "Train.context_exchange = 'all_to_all', or Train.attention = 'auto'"
         )

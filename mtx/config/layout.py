@@ -122,8 +122,8 @@ def nearest_layouts(run: schema.Run, mesh: schema.Mesh, num_devices: int) -> Ite
 
 def _products(options: list[list[int]], product: int) -> Iterator[tuple[int, ...]]:
     """One of each list, in all ways that give the product."""
-    if not options:
-        yield from [()] if product == 1 else []
+    if len(options) == 1:
+        yield from [(product,)] if product in options[0] else []
         return
     for size in options[0]:
         if product % size == 0:
