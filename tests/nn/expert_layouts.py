@@ -1,4 +1,7 @@
-"""Prints loss and gradient errors of layouts of models with experts against one device, as JSON. Run with 8 devices."""
+"""Prints loss and gradient errors of layouts of models with experts against one device, as JSON. Run with 8 devices.
+
+With the argument `steps`: metrics and balancing biases after two steps on one device and in a pipeline.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import json
 import sys
 from typing import Any
 
+import jax
 import numpy as np
-from tiny import GPT, LLAMA, SEQ_LEN, make_params, make_program, make_setup, make_tokens, worst_error
+from tiny import BATCH, GPT, LLAMA, SEQ_LEN, make_params, make_program, make_setup, make_tokens, worst_error
+
+from mtx.training.step import make_train_step
 
 LOSSES = {"load_balance_loss": 0.3, "router_z_loss": 0.1}
 MIXTRAL = {**LLAMA, "num_layers": 3, "num_experts": 4, "experts_per_token": 2, "expert_every": 2, **LOSSES}
@@ -76,7 +82,21 @@ def compute(model: dict[str, Any], layout: dict[str, Any]) -> tuple[float, Any]:
     return make_program(setup)(make_params(setup), make_batch())
 
 
+def train(layout: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of the second step, and the biases after it."""
+    setup = make_setup(MODELS["deepseek capacity"], **layout)
+    state, step = setup.initialize(), make_train_step(setup)
+    batch = {**make_batch(), "rows": np.arange(BATCH, dtype=np.int32), "learning_rate": np.float32(1e-3)}
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    biases = setup.canonical.store(state)["params"]["expert_layers"]["feedforward"]["router"]["balance_bias"]
+    return jax.tree.map(lambda a: np.asarray(a).tolist(), {**metrics, "balance_bias": biases})
+
+
 def main(name: str, only: list[str]) -> None:
+    if name == "steps":
+        print(json.dumps([train({}), train(LAYOUTS["pipe2 expert2 tensor2 selective"])]))
+        return
     loss, grads = compute(MODELS[name], {})
     results = {}
     for layout in only or CASES[name]:

@@ -239,3 +239,17 @@ def test_layouts_agree_with_one_device(name, layouts):
     for layout, (loss_error, worst, error) in results.items():
         assert loss_error < 1e-6, layout
         assert error < 1e-5, (layout, worst)
+
+
+@pytest.mark.slow
+def test_steps_count_tokens_and_move_biases_alike_on_all_layouts():
+    alone, pipeline = run_json("nn/expert_layouts.py", "steps", devices=8)
+    assert alone.keys() == pipeline.keys()
+    for name, value in alone.items():
+        np.testing.assert_allclose(pipeline[name], value, rtol=1e-5, err_msg=name)
+    assert sum(alone["expert_load"]) == pytest.approx(1)
+    assert alone["dropped_tokens"] > 20
+    # Two steps of 0.01 for experts with less or more than the mean.
+    steps = np.round(np.abs(alone["balance_bias"]) / 0.01, 4)
+    assert set(steps.flat) <= {0, 1, 2}
+    assert steps.sum() > 10
