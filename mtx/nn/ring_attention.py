@@ -84,7 +84,7 @@ def _add(tree: Any, blocks: Any, index: jax.Array) -> Any:
     return _put(tree, jax.tree.map(jnp.add, _take(tree, index), blocks), index)
 
 
-multiply = partial(jnp.einsum, preferred_element_type=jnp.float32)
+_multiply = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _score(queries: Any, keys: Any, slopes_KG: jax.Array | None, masked: jax.Array | None) -> jax.Array:
@@ -95,7 +95,7 @@ def _score(queries: Any, keys: Any, slopes_KG: jax.Array | None, masked: jax.Arr
         keys: `k` [B, K, S, H]; `segments` [B, S] and `places` [S].
         masked: bool, whether the two are the same block of tokens; None: they never are.
     """
-    scores = multiply("bkgth,bksh->bkgts", queries["q"], keys["k"]) * queries["q"].shape[-1] ** -0.5
+    scores = _multiply("bkgth,bksh->bkgts", queries["q"], keys["k"]) * queries["q"].shape[-1] ** -0.5
     if slopes_KG is not None:
         scores -= slopes_KG[..., None, None] * (queries["places"][:, None] - keys["places"])
     seen: Any = True
@@ -116,7 +116,7 @@ def _go_round(
     Args:
         keys: Tree of [I, ...].
         stays: What a shard accumulates for its queries.
-        gathered: Zeros: what is accumulated for the keys, on their way; it comes home with the sums of all shards.
+        gathered: Zeros like what is accumulated for the keys: it travels with them, and home with the sums of all.
         visit: (stays, gathered, keys, block of queries, block of keys, masked) -> stays, gathered.
     """
     count, index = comm.size("seq"), comm.index("seq")
@@ -163,7 +163,7 @@ def _attend(
         scores = _score(_take(queries, i), key, slopes_KG, masked)
         higher = jnp.maximum(highest, scores.max(-1))
         weights, faded = jnp.exp(scores - higher[..., None]), jnp.exp(highest - higher)
-        out = out * faded[..., None] + multiply("bkgts,bksh->bkgth", weights.astype(v.dtype), key["v"])
+        out = out * faded[..., None] + _multiply("bkgts,bksh->bkgth", weights.astype(v.dtype), key["v"])
         return _put(sums, (out, total * faded + weights.sum(-1), higher), i), None
 
     out, total = zeros_like_varying((q, q[..., 0]), jnp.float32)
@@ -183,11 +183,11 @@ def _differentiate(
     def visit(dq: jax.Array, dkv: Any, keys: Any, i: jax.Array, j: jax.Array, masked: jax.Array | None) -> Any:
         query, key = _take(queries, i), _take(keys, j)
         weights = jnp.exp(_score(query, key, slopes_KG, masked) - query["log_sum"][..., None])
-        d_weights = multiply("bkgth,bksh->bkgts", query["d_out"], key["v"])
+        d_weights = _multiply("bkgth,bksh->bkgts", query["d_out"], key["v"])
         d_scores = (weights * (d_weights - query["inner"][..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-        dk = multiply("bkgts,bkgth->bksh", d_scores, query["q"])
-        dv = multiply("bkgts,bkgth->bksh", weights.astype(v.dtype), query["d_out"])
-        return _add(dq, multiply("bkgts,bksh->bkgth", d_scores, key["k"]), i), _add(dkv, (dk, dv), j)
+        dk = _multiply("bkgts,bkgth->bksh", d_scores, query["q"])
+        dv = _multiply("bkgts,bkgth->bksh", weights.astype(v.dtype), query["d_out"])
+        return _add(dq, _multiply("bkgts,bksh->bkgth", d_scores, key["k"]), i), _add(dkv, (dk, dv), j)
 
     dq, dkv = zeros_like_varying((q, (k, v)), jnp.float32)
     dq, (dk, dv) = _go_round(comm, {**keys, "k": k, "v": v}, dq, dkv, visit)

@@ -42,6 +42,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], bool, list[str]]] = {
             "context2 tensor2 fsdp2 full scan micro",
         ],
     ),
+    "gpt": (GPT, {}, False, ["context2 tensor2 data2"]),
     "gpt packed": (
         GPT,
         {},
