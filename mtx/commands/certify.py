@@ -89,7 +89,7 @@ def _introduce(plan: Plan) -> None:
         file=sys.stderr,
     )
     for layout, reason in plan.left_out.items():
-        print(f"left out, {layout}: {reason}", file=sys.stderr)
+        print(f"left out, {layout}: {reason.splitlines()[0]}", file=sys.stderr)
 
 
 def _describe(result: Result) -> str:

@@ -19,7 +19,7 @@ from mtx.config.axes import MESH_AXES
 from mtx.config.layout import check_layout
 from mtx.errors import UserError
 from mtx.evaluation.agreement import Outcome, compare, find_departure, make_program
-from mtx.evaluation.covering import Layout, cover
+from mtx.evaluation.covering import Layout, cover, make_layout
 from mtx.evaluation.reduction import place_run, reduce_run
 
 
@@ -59,20 +59,23 @@ class Plan:
     """What a certificate is made of.
 
     Attributes:
-        run: At full size.
-        reduced: At reduced size, on one device.
+        reduced: At reduced size.
         layouts: Those that are compared with it.
         left_out: Layouts of the covering set that cannot be, and why.
     """
 
-    run: schema.Run
     reduced: schema.Run
     layouts: tuple[Layout, ...]
     left_out: dict[str, str]
 
+    @property
+    def reference(self) -> schema.Run:
+        """The reduced run on one device."""
+        return place_run(self.reduced, make_layout({}))
+
     def place(self, layout: Layout) -> schema.Run:
         """The reduced run on a layout."""
-        return place_run(self.reduced, layout, self.run)
+        return place_run(self.reduced, layout)
 
 
 def plan_certificate(run: schema.Run, wanted: Sequence[Layout], max_devices: int) -> Plan:
@@ -87,16 +90,16 @@ def plan_certificate(run: schema.Run, wanted: Sequence[Layout], max_devices: int
     """
     if wanted:
         for layout in wanted:
-            check_layout(run, layout.mesh)
+            check_layout(place_run(run, layout), layout.mesh)
             if layout.num_devices > max_devices:
                 raise UserError(
                     f"the layout {layout} needs {layout.num_devices} devices and there are {max_devices}: "
                     f"`--cpu-devices {layout.num_devices}` simulates as many"
                 )
-        return Plan(run, reduce_run(run, wanted), tuple(wanted), {})
+        return Plan(reduce_run(run, wanted), tuple(wanted), {})
     check_layout(run, dataclasses.replace(run.mesh, **{a: 1 for a in MESH_AXES if getattr(run.mesh, a) == -1}))
     candidates = cover(run, max_devices)
-    draft = Plan(run, reduce_run(run, candidates), (), {})
+    draft = Plan(reduce_run(run, candidates), (), {})
     kept, left_out = [], {}
     for layout in candidates:
         try:
@@ -107,23 +110,23 @@ def plan_certificate(run: schema.Run, wanted: Sequence[Layout], max_devices: int
     if not kept:
         reasons = "\n".join(f"{layout}: {reason}" for layout, reason in left_out.items())
         raise UserError(f"no layout to certify on {max_devices} devices; choose with --layout\n{reasons}".rstrip())
-    return Plan(run, reduce_run(run, kept), tuple(kept), left_out)
+    return Plan(reduce_run(run, kept), tuple(kept), left_out)
 
 
 def certify_here(plan: Plan) -> Iterator[Result]:
     """Compares on the devices of this process, one layout after the other. A hang of theirs hangs this process."""
-    expected = compute_reference(plan.reduced)
+    expected = compute_reference(plan.reference)
     for layout in plan.layouts:
         begin = time.monotonic()
         result = compare_layout(plan.place(layout), expected)
         yield dataclasses.replace(result, seconds=time.monotonic() - begin)
 
 
-def compute_reference(reduced: schema.Run) -> dict[int, Outcome]:
-    """For each number of layers that are not set to zero, the outcome on one device."""
+def compute_reference(run: schema.Run) -> dict[int, Outcome]:
+    """For each number of layers that are not set to zero, the outcome of a run on one device."""
     with jax.default_matmul_precision("highest"):  # GPUs shorten float32 to 10 bits otherwise
-        program = make_program(reduced, jax.devices())
-        return {num_layers: program(num_layers) for num_layers in range(reduced.model.num_layers + 1)}
+        program = make_program(run, jax.devices())
+        return {num_layers: program(num_layers) for num_layers in range(run.model.num_layers + 1)}
 
 
 def compare_layout(placed: schema.Run, expected: Mapping[int, Outcome]) -> Result:

@@ -78,7 +78,7 @@ def cover(run: schema.Run, max_devices: int) -> list[Layout]:
     if any(count > 1 for count in own.values()):
         full = {axis: 2 if count == -1 else count for axis, count in own.items() if count != 1}
     else:
-        full = dict.fromkeys(MESH_AXES, 2)
+        full = {**dict.fromkeys(MESH_AXES, 2), "tensor": _smallest_factor(run.model.num_heads)}
         if run.model.num_experts % 2 or not run.model.num_experts:
             del full["expert"]
     smallest = {axis: 2 if axis == "pipe" else _smallest_factor(count) for axis, count in full.items()}
@@ -90,7 +90,7 @@ def cover(run: schema.Run, max_devices: int) -> list[Layout]:
     counts = [{axis: smallest[axis] for axis in axes} for axes in chosen]
     longer = {axis: _longer_ring(axis, own[axis], run) for axis in full if axis in RINGS}
     counts[len(full) : len(full)] = [{axis: count} for axis, count in longer.items() if count > smallest[axis]]
-    layouts = [make_layout(c, {axis: max(full[axis], c[axis]) for axis in c}) for c in counts]
+    layouts = [make_layout(c, {axis: full[axis] for axis in c} if _divide(full, c) else c) for c in counts]
     return [layout for layout in layouts if layout.num_devices <= max_devices]
 
 
@@ -106,6 +106,10 @@ def _meet(
         yield best
 
 
+def _divide(full: Mapping[str, int], counts: Mapping[str, int]) -> bool:
+    return all(full[axis] % count == 0 for axis, count in counts.items())
+
+
 def _longer_ring(axis: str, own: int, run: schema.Run) -> int:
     """How many devices a ring is also tried with; 1: not."""
     if axis == "pipe":
@@ -117,4 +121,4 @@ def _longer_ring(axis: str, own: int, run: schema.Run) -> int:
 
 
 def _smallest_factor(count: int) -> int:
-    return next(factor for factor in range(2, count + 1) if count % factor == 0)
+    return next((factor for factor in range(2, count + 1) if count % factor == 0), 2)

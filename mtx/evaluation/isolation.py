@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from mtx.evaluation.certify import Plan, Result, compare_layout, compute_referen
 from mtx.mesh import start_process
 
 REQUEST, REFERENCE, RESULT, OUTPUT = "request.json", "reference.npz", "result.json", "output.txt"
+COMMAND = (sys.executable, "-m", "mtx.evaluation.isolation")
 POLL_S = 0.05
 
 Environment = Callable[[int], Mapping[str, str]]
@@ -48,7 +51,7 @@ def certify_apart(plan: Plan, environment: Environment, *, timeout_s: float, job
     """
     with tempfile.TemporaryDirectory(prefix="mtx-certify-") as name:
         folder = Path(name)
-        reference = _Task(folder / "reference", plan.reduced, None, environment(1), timeout_s)
+        reference = _Task(folder / "reference", plan.reference, None, environment(1), timeout_s)
         for _ in _run_all([reference], 1):
             _require(reference, timeout_s)
         tasks = [
@@ -59,6 +62,11 @@ def certify_apart(plan: Plan, environment: Environment, *, timeout_s: float, job
         ]
         for task in _run_all(tasks, jobs):
             yield dataclasses.replace(task.result(), seconds=task.seconds)
+
+
+def describe(run: schema.Run) -> str:
+    """A run as text that loads to an equal one."""
+    return render.dump(run, {})
 
 
 class _Task:
@@ -74,13 +82,16 @@ class _Task:
 
     def start(self) -> None:
         self.folder.mkdir()
-        request = {"config": render.dump(self.run, {}), "reference": self._reference and str(self._reference)}
+        request = {"config": describe(self.run), "reference": self._reference and str(self._reference)}
         (self.folder / REQUEST).write_text(json.dumps(request))
         self._begin = time.monotonic()
         with (self.folder / OUTPUT).open("wb") as output:
-            command = [sys.executable, "-m", "mtx.evaluation.isolation", str(self.folder)]
             self._process = subprocess.Popen(
-                command, env=dict(self._environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [*COMMAND, str(self.folder)],
+                env=dict(self._environment),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
             )
 
     def has_ended(self) -> bool:
@@ -92,15 +103,16 @@ class _Task:
             if self.seconds < self.timeout_s:
                 return False
             self.failure = f"hangs: killed after {self.timeout_s:.0f} s"
-            self.kill()
+            self.end()
         elif self._process.returncode and self.failure is None:
             self.failure = f"crashed: {_last_words(self.folder / OUTPUT)} ({_ending(self._process.returncode)})"
         return True
 
-    def kill(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()  # a deadlock ignores every other signal
-            self._process.wait()
+    def end(self) -> None:
+        """Makes sure that nothing runs any more."""
+        if self._process is not None:
+            self._process.kill()  # of no effect where it has ended; a deadlock ignores every other signal
+            self._process.communicate()
 
     def result(self) -> Result:
         if self.failure is not None:
@@ -129,12 +141,14 @@ def _run_all(tasks: Sequence[_Task], jobs: int) -> Iterator[_Task]:
             yield task
     finally:
         for task in tasks:
-            task.kill()
+            task.end()
 
 
 def _last_words(path: Path) -> str:
+    """What a process that died said: its last line that speaks of an error, or its last line."""
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no output"
+    telling = [line for line in lines if "Error" in line or "error:" in line or "Check failed" in line]
+    return (telling or lines or ["no output"])[-1][:500]
 
 
 def _ending(code: int) -> str:
@@ -162,8 +176,16 @@ def _load(path: Path) -> dict[int, Outcome]:
     return outcomes
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is no more, which closes the pipe."""
+    while os.read(0, 1):  # sys.stdin has a lock, which the interpreter would not get at its end
+        pass
+    os._exit(1)
+
+
 def main(folder: Path) -> None:
     """What a process does."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     request = json.loads((folder / REQUEST).read_text())
     run = reader.load_text(request["config"], "the reduced config").run
     start_process()

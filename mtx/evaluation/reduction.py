@@ -26,58 +26,57 @@ FEW_EXPERTS, FEW_TOKENS, FEW_WORDS, MOST_VIRTUAL_STAGES = 8, 16, 96, 3
 
 
 def reduce_run(run: schema.Run, layouts: Sequence[Layout]) -> schema.Run:
-    """The reduced run on one device; `place_run` puts it on a layout."""
+    """The reduced run; `place_run` puts it on a layout."""
     tokens = math.lcm(*(2 * x.counts["context"] * x.counts["tensor"] for x in layouts))
-    tokens *= next(odd for odd in range(1, FEW_TOKENS, 2) if tokens * odd >= FEW_TOKENS)
+    tokens *= next(odd for odd in range(1, FEW_TOKENS + 2, 2) if tokens * odd >= FEW_TOKENS)
     batch_shards = math.lcm(*(x.counts["data"] * x.counts["fsdp"] * x.counts["expert"] for x in layouts))
     rounds = max(2, math.lcm(*(x.counts["pipe"] for x in layouts)))
     size = run.train.microbatch_size and min(run.train.microbatch_size, 2)
-    rows = batch_shards * rounds * (size or 1)
-    ramp = schema.BatchRamp(start=rows // rounds, increment=rows // rounds, tokens=1)
-    model = _reduce_model(run, layouts)
-    train = replace(
-        run.train,
-        seq_len=tokens,
-        global_batch_size=rows,
-        microbatch_size=size,
-        batch_ramp=run.train.batch_ramp and ramp,
-        loss_chunk_tokens=7,  # so that there are several, as there are at full size, and the last one is shorter
-        eval_every=None,
-        eval_batches=schema.Train.eval_batches,
-    )
+    share = batch_shards * (size or 1)
+    train, scan_layers = run.train, run.train.scan_layers
+    if scan_layers is None and run.model.num_layers > MOST_LAYERS_IN_LINE and len(set(run.model.layer_stacks)) == 1:
+        scan_layers = True  # as so many layers do
     return replace(
         run,
-        model=replace(model, max_seq_len=tokens if run.train.seq_len == run.model.max_seq_len else tokens + 3),
-        mesh=schema.Mesh(data=1),
-        pipeline=schema.Pipeline(),
+        model=replace(_reduce_model(run, layouts), max_seq_len=tokens + 3 * (train.seq_len < run.model.max_seq_len)),
+        pipeline=replace(run.pipeline, virtual_stages=_virtual_stages(run)),
         precision=schema.Precision(),
-        train=replace(train, context_exchange="ring"),
+        train=replace(
+            train,
+            seq_len=tokens,
+            global_batch_size=share * rounds,
+            microbatch_size=size,
+            batch_ramp=train.batch_ramp and schema.BatchRamp(start=share, increment=share, tokens=1),
+            scan_layers=scan_layers,
+            loss_chunk_tokens=7,  # so that there are several, as there are at full size, and the last one is shorter
+            attention="auto" if train.attention == "cudnn" else train.attention,  # cuDNN has no float32
+            eval_every=None,
+            eval_batches=schema.Train.eval_batches,
+        ),
         data=schema.Data(packing=run.data.packing),
         tokenizer=schema.Tokenizer(),
         checkpoint=schema.Checkpoint(),
     )
 
 
-def place_run(reduced: schema.Run, layout: Layout, run: schema.Run) -> schema.Run:
-    """The reduced run on a layout.
-
-    Args:
-        run: At full size: what it says about axes of the mesh holds where the layout has them.
-    """
-    pipeline, train = schema.Pipeline(), reduced.train
-    if layout.counts["pipe"] > 1:
-        pipeline = replace(run.pipeline, virtual_stages=_virtual_stages(run))
-    elif run.model.num_layers > MOST_LAYERS_IN_LINE and len(set(run.model.layer_stacks)) == 1:
-        train = replace(train, scan_layers=True if train.scan_layers is None else train.scan_layers)
-    if layout.counts["context"] > 1:
-        train = replace(train, context_exchange=run.train.context_exchange)
-    return replace(reduced, mesh=layout.mesh, pipeline=pipeline, train=train)
+def place_run(run: schema.Run, layout: Layout) -> schema.Run:
+    """A run on a layout, reduced or not, without the settings that have no meaning there."""
+    pipeline, train = run.pipeline, run.train
+    if layout.counts["pipe"] == 1:
+        pipeline = schema.Pipeline()
+    else:  # microbatches of one sequence where the run has none: the stages need several
+        train = replace(train, scan_layers=None, microbatch_size=train.microbatch_size or 1)
+    if layout.counts["context"] == 1:
+        train = replace(train, context_exchange="ring")
+    return replace(run, mesh=layout.mesh, pipeline=pipeline, train=train)
 
 
 def _reduce_model(run: schema.Run, layouts: Sequence[Layout]) -> schema.Model:
     model = run.model
     tensor, expert = _shards(layouts, "tensor"), _shards(layouts, "expert")
-    heads = tensor | (_shards(layouts, "tensor", "context") if run.train.context_exchange == "all_to_all" else set())
+    heads = set(tensor)
+    if run.train.context_exchange == "all_to_all":
+        heads |= _shards(layouts, "tensor", "context")
     num_heads, kv_heads = _reduce_heads(model, heads)
     head_dim = 8 - model.head_width % 2
     d_model = num_heads * head_dim + (0 if model.d_model == model.num_heads * model.head_width else 8)
@@ -159,15 +158,15 @@ def _virtual_stages(run: schema.Run) -> int:
 
 
 def _count_layers(run: schema.Run, layouts: Sequence[Layout]) -> int:
-    """As few layers as have all kinds of them, and divide over the chunks of the pipelines as all of them do."""
-    model, virtual = run.model, run.pipeline.virtual_stages
-    pipes = _shards(layouts, "pipe") - {(1, 1)}
-    chunks = {(n * virtual, m * _virtual_stages(run)) for n, m in pipes}
-    least = max(2, *(m for _, m in chunks), 0)
+    """As few layers as have all kinds of them, and divide over the shortest pipeline's chunks as all of them do."""
+    model, virtual = run.model, _virtual_stages(run)
+    pipes = sorted(_shards(layouts, "pipe") - {(1, 1)}, key=lambda pair: pair[1])
+    least = max([2, *(stages * virtual for _, stages in pipes)])
+    chunks = {(full * run.pipeline.virtual_stages, stages * virtual) for full, stages in pipes[:1]}
     if model.num_experts:
-        pattern = model.expert_every
-        least = max(least, min(model.first_dense_layers, 1) + max(2, pattern))
-        chunks |= {(n * pattern, m * pattern) for n, m in chunks}
+        every = model.expert_every
+        least = max(least, min(model.first_dense_layers, 1) + max(2, every))
+        chunks |= {(full * every, small * every) for full, small in chunks}
     return min(
         range(min(least, model.num_layers), min(model.num_layers, least + 24) + 1),
         key=lambda count: (_breaks(model.num_layers, count, chunks), count),
