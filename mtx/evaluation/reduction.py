@@ -136,8 +136,8 @@ def _reduce_heads(model: schema.Model, shards: Shards) -> tuple[int, int]:
         sharing = sum((n % kv_heads == 0) != (m % small == 0) for n, m in shards if n > kv_heads)
         return (
             _breaks(heads, count, shards),
-            (small == 1) != (kv_heads == 1) or (per_head == 1) != (group == 1),
             _breaks(kv_heads, small, shards) + sharing,
+            (small == 1) != (kv_heads == 1) or (per_head == 1) != (group == 1),
             count < 4,
             model.position == "alibi" and _is_power_of_two(count) != _is_power_of_two(heads),
             count,
