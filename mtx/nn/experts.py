@@ -22,12 +22,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mtx.collectives import shared_varying
 from mtx.config.schema import Model
 from mtx.nn.context import Context, Extras, Sequence, Tap
 from mtx.nn.feedforward import ACTIVATIONS, FeedForward
+from mtx.nn.grouped import Blocks
 from mtx.nn.param import Module, Params, Rngs, param
 from mtx.nn.router import Router, Routing, count_choices, rank_choices, slots_per_row
 
@@ -49,14 +49,13 @@ class ExpertLinear(Module):
         bias_E1O = self.bias[...][:, None].astype(y_ERO.dtype)
         return y_ERO + (bias_E1O if scale_ER is None else scale_ER[..., None].astype(y_ERO.dtype) * bias_E1O)
 
-    def multiply_sorted(self, x_RI: jax.Array, scale_R: jax.Array | None, sizes_E: jax.Array) -> jax.Array:
-        """[R, inputs] sorted by expert -> [R, outputs]; rows after those of the last expert are undefined."""
-        y_RO = lax.ragged_dot(*shared_varying(x_RI, self.weight[...].astype(x_RI.dtype), sizes_E))
+    def multiply_blocks(self, x_RI: jax.Array, scale_R: jax.Array | None, blocks: Blocks) -> jax.Array:
+        """[R, inputs] in blocks by expert -> [R, outputs]."""
+        y_RO = blocks.multiply(x_RI, self.weight[...].astype(x_RI.dtype))
         if self.bias is None:
             return y_RO
         scale_R = jnp.ones(x_RI.shape[:1], x_RI.dtype) if scale_R is None else scale_R.astype(x_RI.dtype)
-        bias_E1O = self.bias[...][:, None].astype(x_RI.dtype)
-        return y_RO + lax.ragged_dot(*shared_varying(scale_R[:, None], bias_E1O, sizes_E))
+        return y_RO + blocks.multiply(scale_R[:, None], self.bias[...][:, None].astype(x_RI.dtype))
 
 
 Product = Callable[[ExpertLinear, jax.Array, jax.Array | None], jax.Array]
@@ -210,11 +209,16 @@ class Experts(Module):
         here = experts // shards
         room = batch * length * min(choices, here)  # in one shard a token can have no more
         ids = routing.ids_BTK.reshape(-1)
-        sizes_PE = count_choices(ids, experts).reshape(shards, here)
-        starts_PE = jnp.cumsum(sizes_PE, 1) - sizes_PE + room * jnp.arange(shards)[:, None]
-        slot = jnp.take(starts_PE.reshape(-1), jnp.minimum(ids, experts - 1)) + rank_choices(ids, experts)
-        slot_NK = jnp.where(ids < experts, slot, shards * room).reshape(batch * length, choices)
-        slots = Slots.from_choices(slot_NK, shards * room)
+        ranks, sizes_PE = rank_choices(ids, experts), count_choices(ids, experts).reshape(shards, here)
+        blocks = Blocks(sizes_PE[0], room)
+        if shards == 1:
+            slot, rows = blocks.rows_of(ids, ranks), blocks.rows
+        else:
+            starts_PE = jnp.cumsum(sizes_PE, 1) - sizes_PE + room * jnp.arange(shards)[:, None]
+            rows = shards * room
+            slot = jnp.take(starts_PE.reshape(-1), jnp.minimum(ids, experts - 1)) + ranks
+            slot = jnp.where(ids < experts, slot, rows)
+        slots = Slots.from_choices(slot.reshape(batch * length, choices), rows)
         x_RD, weights_R = slots.send(x_BTD.reshape(-1, width)), slots.send_choices(routing.weights_BTK)
 
         if shards > 1:  # what each shard sent is sorted in itself; all of it has to be
@@ -222,14 +226,12 @@ class Experts(Module):
             sizes_PE = tap("expert_sizes", sizes_PE)
             ends_P1E = jnp.cumsum(sizes_PE, 1)[:, None]
             ids_R = (jnp.arange(room)[:, None] >= ends_P1E).sum(-1).reshape(-1)  # `here` where there is no token
-            order_R = jnp.argsort(ids_R, stable=True)
-            received = Slots(jnp.argsort(order_R)[:, None], order_R)
+            blocks = Blocks(sizes_PE.sum(0), rows)
+            received = Slots.from_choices(blocks.rows_of(ids_R, rank_choices(ids_R, here))[:, None], blocks.rows)
             x_RD, weights_R = received.send(x_RD), received.send_choices(weights_R)
-        sizes_E = sizes_PE.sum(0)
-        used_R1 = (jnp.arange(shards * room) < sizes_E.sum())[:, None]
 
         def multiply(layer: ExpertLinear, rows: jax.Array, scale: jax.Array | None) -> jax.Array:
-            return jnp.where(used_R1, layer.multiply_sorted(rows, scale, sizes_E), 0)
+            return layer.multiply_blocks(rows, scale, blocks)
 
         y_RD = self._mlp(x_RD, weights_R, multiply, context, tap)
         if shards > 1:
