@@ -9,4 +9,5 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false "
     "--xla_backend_optimization_level=0"  # halves the compile time, which is most of what tests take
 )
+os.environ["PJRT_NPROC"] = "18"  # threads: a device that waits in a collective keeps one
 os.environ["MTX_COMPILATION_CACHE"] = ""

@@ -29,7 +29,11 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *FLAGS])
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MTX_", "XLA_", "JAX_"))}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, **more}
+    # A device that waits in a collective keeps a thread: with one per core, those that are late may never get one.
+    threads = str(2 * devices + (os.cpu_count() or 1))
+    return {
+        **inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": threads, "PYTHONPATH": paths, **more,
+    }  # fmt: skip
 
 
 def run(arguments: list[str], *, timeout_s: float = 300, check: bool = True, env: dict[str, str] | None = None) -> Any:

@@ -52,14 +52,20 @@ def apply(args: argparse.Namespace) -> None:
     count = getattr(args, "cpu_devices", None)
     if count is None:
         return
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_simulate(count)}".strip()
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= _simulate(count, os.environ.get("XLA_FLAGS", ""))
 
 
-def _simulate(count: int) -> str:
-    flags = f"--xla_force_host_platform_device_count={count}"
-    # That scheduler lets devices start independent collectives in different orders, which then wait for each other.
-    return flags + " --xla_cpu_enable_concurrency_optimized_scheduler=false" * (count > 1)
+def _simulate(count: int, flags: str) -> dict[str, str]:
+    """Environment of `count` simulated devices, with XLA's flags besides."""
+    environment = {"JAX_PLATFORMS": "cpu"}
+    flags = f"{flags} --xla_force_host_platform_device_count={count}"
+    if count > 1:
+        # That scheduler lets devices start independent collectives in different orders, which then wait for each other.
+        flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+        # A device that waits in a collective keeps a thread. With a thread per core, those that have not come yet may
+        # never get one.
+        environment["PJRT_NPROC"] = str(2 * count + (os.cpu_count() or 1))
+    return {**environment, "XLA_FLAGS": flags.strip()}
 
 
 def simulated_environment(count: int) -> dict[str, str]:
@@ -71,8 +77,7 @@ def simulated_environment(count: int) -> dict[str, str]:
     from mtx.mesh import ENVIRONMENT
 
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", *ENVIRONMENT))}
-    flags = f"{_simulate(count)} --xla_backend_optimization_level=0"
-    return {**inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return inherited | _simulate(count, "--xla_backend_optimization_level=0")
 
 
 def print_json(document: dict[str, Any]) -> None:
