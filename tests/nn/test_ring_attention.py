@@ -7,7 +7,6 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import KINDS
 from nn.context_attention import CASES, make_inputs, make_program
 from programs import run_json
 from tiny import GPT, make_setup
@@ -18,6 +17,7 @@ from mtx.nn import ring_attention
 from mtx.nn.attention import choose_kernel
 from mtx.nn.context import Context
 from mtx.nn.ring_attention import own_pairs, remote_pairs
+from mtx.planning.hlo_collectives import KINDS
 
 FAST = ["ring 4, everything", "all_to_all 4, everything"]
 

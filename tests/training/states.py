@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hlo import read_collectives
 from tiny import GPT, make_setup, make_tokens
 
+from mtx.planning.hlo import read_program
+from mtx.planning.hlo_collectives import read_collectives
+from mtx.sharding import axis_sizes
 from mtx.training.state import Setup
 from mtx.training.step import make_train_step
 
@@ -63,8 +65,13 @@ def main() -> None:
             "grad_norm": float(metrics["grad_norm"]),
             "parameter shapes": [leaf.shape for leaf in jax.tree.leaves(setup.definition.whole.params)],
             "collectives": [
-                {"kind": c.kind, "shapes": c.shapes, "group": c.group_size, "looped": c.looped}
-                for c in read_collectives(compiled.as_text())
+                {
+                    "kind": c.kind,
+                    "shapes": [shape.dims for shape in c.results],
+                    "group": c.group_size,
+                    "looped": c.looped,
+                }
+                for c in read_collectives(read_program(compiled.as_text()), axis_sizes(setup.mesh))
             ],
         }
     print(json.dumps(results))
