@@ -15,6 +15,7 @@ Invariant: units out of the schedule compute on zeros and add nothing; gradients
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtx.collectives import cast_varying, varying_axes
-from mtx.nn.context import Context, Dropout, Extras, Sequence
+from mtx.nn.context import Context, Dropout, Extras, Sequence, Tap
 from mtx.nn.param import Params
 from mtx.training.accumulate import pick_microbatch
 from mtx.training.forward import Forward, Inputs, join_extras
@@ -124,14 +125,10 @@ class _Pipeline:
         layers = jnp.asarray(stages.layers)[self.stage, chunk]
         record: Saved = []
         extras: list[Extras] = []
-        for slot, (stack, layer_weights) in enumerate(zip(stages.slots, weights)):
+        for slot, (stack, w) in enumerate(zip(stages.slots, weights)):
             site = None if dropout is None else dropout.at(layers[slot] + 1)
 
-            def apply(
-                w: Params, x_BTD: jax.Array, stack: str = stack, site: Any = site, slot: int = slot
-            ) -> tuple[jax.Array, dict[str, jax.Array], Extras]:
-                named: dict[str, jax.Array] = {}
-
+            def tap_into(named: dict[str, jax.Array], slot: int = slot) -> Tap:
                 def tap(name: str, value: jax.Array) -> jax.Array:
                     if name not in names:
                         return value
@@ -140,20 +137,46 @@ class _Pipeline:
                     named[name] = context.comm.varying(value)
                     return value
 
-                if slot:  # that of slot 0 is the input of the stage
-                    x_BTD = tap("layer_in", x_BTD)
-                y_BTD, _, extra = forward.bind_layer(stack, w, x_BTD)(x_BTD, sequence, table, context, site, tap)
+                return tap
+
+            def apply(
+                w: Params, x_BTD: jax.Array, stack: str = stack, site: Any = site, tap_into: Any = tap_into
+            ) -> tuple[jax.Array, dict[str, jax.Array], Extras]:
+                named: dict[str, jax.Array] = {}
+                layer = forward.bind_layer(stack, w, x_BTD)
+                y_BTD, _, extra = layer(x_BTD, sequence, table, context, site, tap_into(named))
                 return context.comm.varying(y_BTD), named, extra
 
-            y_BTD, named, extra = apply(layer_weights, x_BTD)
-            if not stages.is_full(slot):
-                present = layers[slot] >= 0
-                y_BTD = jnp.where(present, y_BTD, x_BTD)
-                extra = jax.tree.map(lambda value, present=present: jnp.where(present, value, 0), extra)
-            x_BTD = y_BTD
-            record.append(named)
+            kept: dict[str, jax.Array] = {}
+            if slot:  # that of slot 0 is the input of the stage
+                x_BTD = tap_into(kept)("layer_in", x_BTD)
+            if stages.is_full(slot):
+                x_BTD, named, extra = apply(w, x_BTD)
+            else:
+                x_BTD, named, extra = self._apply_if(layers[slot] >= 0, apply, w, x_BTD)
+            record.append(kept | named)
             extras.append(extra)
         return x_BTD, record, join_extras(extras)
+
+    def _apply_if(
+        self, present: jax.Array, apply: Callable[..., Any], w: Params, x_BTD: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], Extras]:
+        """A layer where there is one, else its input.
+
+        With the head on the last stage, that stage has fewer layers to be done at the same time as the others: it must
+        not compute those that it has not. Else stages wait for each other anyway, and a branch would cost.
+        """
+        comm = self.forward.setup.context.comm
+        _, abstract, extras = jax.eval_shape(apply, w, x_BTD)
+        # A branch makes all that comes out of it differ between devices, which counts of experts must not.
+        if not self.head.is_sharded and not extras:
+            nothing = comm.varying(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract))
+            x_BTD, named = lax.cond(
+                present, lambda w, x: apply(w, x)[:2], lambda w, x: (comm.varying(x), nothing), w, x_BTD
+            )
+            return x_BTD, named, {}
+        y_BTD, named, extra = apply(w, x_BTD)
+        return jnp.where(present, y_BTD, x_BTD), named, jax.tree.map(lambda value: jnp.where(present, value, 0), extra)
 
     def forward_unit(self, tick: jax.Array, received_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Saved]:
         """The forward unit of a tick: its input, its output, and what its layers named."""

@@ -35,7 +35,8 @@ class Head:
         self.table, self.rows = ends.table, None
         table = prepared[ends.table]["table"]
         # The rows of the local table that this stage has: the first, and how many.
-        self.start, self.count = 0, table.shape[0]
+        self.start: jax.Array | int = 0
+        self.count = table.shape[0]
         if self.is_sharded:
             comm = setup.context.comm
             stages = comm.size("layers")
