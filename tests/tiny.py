@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mtx.config import schema
+from mtx.config.layout import check_layout
 from mtx.data.ramp import BatchSizes
 from mtx.mesh import make_mesh
 from mtx.objectives.causal import Causal
@@ -144,8 +145,10 @@ class Samples:
 def train(setup: Setup, steps: int, state: Any = None, *, first: int = 0) -> tuple[Any, list[list[float]]]:
     """Trains from a state, which is consumed, or from the first one; the state, and each step's loss and norm.
 
-    Each step is waited for: simulated devices that are steps apart can take each other's threads and stand still.
+    The layout is one that users are let train on. Each step is waited for: simulated devices that are steps apart can
+    take each other's threads and stand still.
     """
+    check_layout(setup.run, setup.run.mesh)
     sizes = BatchSizes(
         global_batch_size=setup.run.train.global_batch_size, seq_len=SEQ_LEN, ramp=setup.run.train.batch_ramp
     )

@@ -14,6 +14,7 @@ Invariant: nothing in here depends on the process or asks for its devices; the m
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from mtx.nn.param import Params
 from mtx.sharding import Placement, batch_spec
 from mtx.training.accumulate import accumulate_in_turn, cut_microbatches, evaluate_in_turn
 from mtx.training.forward import Forward
+from mtx.training.offload import update_in_turn
 from mtx.training.pipeline import accumulate_in_pipeline, evaluate_in_pipeline
 from mtx.training.state import Setup, State
 from mtx.training.sums import COUNTS, Sums, as_metrics, coefficient, divisors_of_losses, names_of_sums, sums_spec
@@ -104,7 +106,9 @@ def make_train_step(setup: Setup) -> Any:
     objective: Any = setup.run.train.objective
     shards = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"])
     update_shards = jax.tree.map(lambda p: jax.sharding.NamedSharding(setup.mesh, p.optimizer), setup.placements)
-    model = setup.run.model
+    model, update = setup.run.model, setup.transformation.update
+    if setup.run.train.offload_optimizer:
+        update = partial(update_in_turn, setup.transformation)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         arrays, scalars = _split_scalars(batch)
@@ -112,9 +116,7 @@ def make_train_step(setup: Setup) -> Any:
         key = jax.random.fold_in(jax.random.key(setup.run.train.seed + 1), state["step"])
         sums, grads = loss_and_gradients(state["params"], arrays, weight, key, scalars.get("num_microbatches"))
         grads, params = lax.with_sharding_constraint((grads, state["params"]), (update_shards, update_shards))
-        # From the host, where they are offloaded; the shardings of the results bring them back.
-        moments = jax.device_put(state["optimizer"], jax.memory.Space.Device)
-        direction, optimizer = setup.transformation.update(grads, moments, params)
+        direction, optimizer = update(grads, state["optimizer"], params)
         params = jax.tree.map(lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction)
         if model.expert_bias_rate > 0:
             stack = balance(params["expert_layers"], sums["expert_load"], model.expert_bias_rate)

@@ -19,23 +19,21 @@ STEPS = 3
 EXPERTS = {**LLAMA, "num_experts": 4, "experts_per_token": 2, "load_balance_loss": 0.1, "router_z_loss": 0.1}
 FOUR: dict[str, Any] = {"num_layers": 4}
 CASES: dict[str, dict[str, Any]] = {
-    # Each model with the layouts that are compared with it on one device.
     "pipe": {"model": GPT, "mesh": {"pipe": 2}, "train": {"microbatch_size": 2}},
     "data": {"model": GPT, "mesh": {"data": 2, "tensor": 2}, "train": {"dropout": 0.1}},
     "fsdp": {"model": LLAMA, "mesh": {"fsdp": 4}, "train": {"microbatch_size": 1}},
     "tensor": {"model": GPT, "mesh": {"tensor": 4}},
+    "pipe of 4": {"model": {**LLAMA, **FOUR}, "mesh": {"pipe": 4}, "train": {"microbatch_size": 1}},
     "pipe interleaved": {
-        "model": {**LLAMA, **FOUR}, "mesh": {"pipe": 4}, "pipeline": {"virtual_stages": 2, "head": "last"},
+        "model": {**GPT, **FOUR}, "mesh": {"pipe": 2, "data": 2}, "pipeline": {"virtual_stages": 2, "head": "last"},
         "train": {"microbatch_size": 1},
     },
-    "pipe data": {"model": {**LLAMA, **FOUR}, "mesh": {"pipe": 2, "data": 2}, "train": {"microbatch_size": 1}},
     "context ring": {"model": LLAMA, "mesh": {"context": 4}},
     "context all_to_all": {
         "model": GPT, "mesh": {"context": 4}, "train": {"context_exchange": "all_to_all", "dropout": 0.1},
     },
     "expert": {"model": EXPERTS, "mesh": {"expert": 4}},
     "expert tensor": {"model": EXPERTS, "mesh": {"expert": 2, "tensor": 2}},
-    # Eight devices.
     "pipe context tensor": {
         "model": {**LLAMA, **FOUR}, "mesh": {"pipe": 2, "context": 2, "tensor": 2}, "train": {"microbatch_size": 2},
     },
