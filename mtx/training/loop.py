@@ -117,6 +117,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
 def _open_directory(config: Config, run_dir: Path, data: TrainingData, resume: str) -> RunDirectory:
     """The run directory, made by process 0 where there is none."""
     exists = RunDirectory.exists(run_dir)
+    _sync("mtx.run_directory.looked")  # before process 0 makes it, or others see half of it
     if exists and resume == "never":
         raise UserError(
             f"{run_dir} is the directory of a run; --resume auto goes on with it, another --run-dir does not"
@@ -125,9 +126,14 @@ def _open_directory(config: Config, run_dir: Path, data: TrainingData, resume: s
         raise UserError(f"--resume {resume}: {run_dir} does not exist")
     if not exists and jax.process_index() == 0:
         RunDirectory.create(run_dir, config.text(), data.tokenizer_files)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("mtx.run_directory")
+    _sync("mtx.run_directory.made")
     return RunDirectory.open(run_dir)
+
+
+def _sync(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def _restore(checkpoints: Checkpoints, setup: Setup, step: int) -> State:

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from programs import ROOT, free_port, start
+from programs import ROOT, run_processes, start
 
 GOLDEN = ROOT / "tests/golden/losses.json"
 KEYS = {
@@ -119,16 +119,26 @@ def test_run_goes_on_with_other_meshes(workplace, straight):
 @pytest.mark.slow
 def test_two_processes_equal_one(workplace, straight):
     """Over gloo, with a device each: each reads its half of every batch."""
-    launcher = {"MTX_COORDINATOR": f"127.0.0.1:{free_port()}", "MTX_NUM_PROCESSES": "2"}
-    processes = [
-        start(workplace.command("two"), env=workplace.environment(1, **launcher, MTX_PROCESS_ID=str(index)))
-        for index in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_processes(workplace.command("two"), count=2, env=workplace.environment())
     assert_close(workplace, "two", straight)
     assert [step for step, name, _ in workplace.losses("two") if name] == [20]
     workplace.state("two", 20)  # what two processes saved, one restores
+
+
+@pytest.mark.slow
+def test_pipeline_over_two_processes_goes_on_anywhere(workplace, straight):
+    """A stage in each process, two devices each; then one process with one device; then stages again, by tensor."""
+    name = "piped"
+    pipe = ["Mesh.pipe = 2", "Train.microbatch_size = 2"]
+    settings = ["Train.steps = 6", *pipe, "Mesh.data = 2", "Train.offload_optimizer = True"]
+    run_processes(workplace.command(name, *settings, devices=2), count=2, env=workplace.environment(2))
+    assert [step for step, validation, _ in workplace.losses(name) if validation] == [6]
+    workplace.train(name, "Train.steps = 12")
+    settings = [*pipe, "Mesh.tensor = 2", "Pipeline.head = 'last'"]
+    run_processes(workplace.command(name, *settings, devices=2), count=2, env=workplace.environment(2))
+    assert_close(workplace, name, straight)
+    (measured,), (expected,) = (
+        [loss for step, validation, loss in workplace.losses(run) if validation and step == 20]
+        for run in (name, straight)
+    )
+    assert measured == pytest.approx(expected, rel=3e-5)

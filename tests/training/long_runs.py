@@ -33,7 +33,7 @@ from mtx.training.step import make_eval_step
 MODEL = {**LLAMA, "num_layers": 4}
 MOE = {**MODEL, "num_experts": 4, "experts_per_token": 2, "expert_every": 2, "load_balance_loss": 0.1}
 TOKENS = SEQ_LEN * 8
-SCHEDULE = WarmupCosine(peak=0.01, final=0.001, warmup_tokens=5 * TOKENS, decay_tokens=20 * TOKENS)
+SCHEDULE = WarmupCosine(peak=0.003, final=0.0003, warmup_tokens=5 * TOKENS, decay_tokens=20 * TOKENS)
 MICRO = {"microbatch_size": 1}
 
 PIPE, CONTEXT = {"pipe": 2, "data": 2, "tensor": 2}, {"pipe": 2, "context": 2, "tensor": 2}
