@@ -135,9 +135,9 @@ def test_how_it_is_computed_changes_nothing(plain, train):
 
 def lower(train: dict[str, Any]) -> Any:
     setup = make_setup({**GPT, "num_layers": 4}, train=train)
-    inputs = setup.run.train.objective.inputs({"tokens": make_tokens()})
     program = jax.jit(make_loss_and_gradients(setup))
-    return program.lower(setup.abstract_state["params"], inputs, jnp.float32(1), jax.random.key(0), None)
+    batch = {"tokens": make_tokens()}
+    return program.lower(setup.abstract_state["params"], batch, jnp.float32(1), jax.random.key(0), None)
 
 
 def test_recomputation_saves_memory():
