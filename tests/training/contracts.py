@@ -67,6 +67,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 MICROBATCHES = 8
 
+BARRIERS_HOLD = jax.__version_info__ >= (0, 11)
+"""Older compilers for CPUs take away the barriers between the forward pass and what the backward pass computes or
+gathers again, and merge exchanges that are then equal. Loops keep the two apart in all of them."""
+
 Bytes = Counter[tuple[str, tuple[str, ...]]]
 """(kind of a collective, mesh axes) -> bytes of a step and device."""
 
@@ -199,10 +203,9 @@ def exchange_of_parameters(setup: Setup) -> Bytes:
 def exchange_of_layer_weights(step: Step) -> Bytes:
     """ZeRO-3: the ends of the model are gathered once a step, since they would be there all the time anyway.
 
-    Layers are gathered for each forward and each backward pass. In line, XLA on CPU takes barriers away and then finds
-    that the two are equal: the backward pass has what the forward pass gathered.
+    Layers are gathered for each forward and each backward pass.
     """
-    found, passes = Bytes(), 2 if step.setup.scans_layers else 1
+    found, passes = Bytes(), 2 if step.setup.scans_layers or BARRIERS_HOLD else 1
     for name, shape, placement in parameters(step.setup):
         if placement.layer_axes:
             size = 4 * math.prod(local_shape(step.setup, shape, placement.compute))
@@ -223,10 +226,10 @@ def exchange_of_activations(step: Step) -> Bytes:
     if sizes["tensor"] > 1 and setup.run.rules.sequence_parallel:
         # A layer gathers twice and scatters twice, and so do their transposes. Where the backward pass runs a layer
         # again, what its products multiply is gathered anew; its last sum is what nobody needs.
-        again = {"none": (0, 0), "selective": (2, 0), "full": (2, 2)}[train.recompute]
+        rerun = {"none": (0, 0), "selective": (2, 0), "full": (2, 2)}[train.recompute]
         dead = 0 if train.recompute != "full" else 1 if setup.stages else work.layers
-        gathers = work.layers * (2 * work.forward + (2 + again[0]) * work.backward)
-        scatters = work.layers * (2 * work.forward + (2 + again[1]) * work.backward) - dead * work.backward
+        gathers = work.layers * (2 * work.forward + (2 + rerun[0]) * work.backward)
+        scatters = work.layers * (2 * work.forward + (2 + rerun[1]) * work.backward) - dead * work.backward
         # The embedding scatters, its transpose gathers; the head gathers, its transpose scatters.
         found["all-gather", ("tensor",)] += whole * (gathers + work.backward + work.head)
         found["reduce-scatter", ("tensor",)] += whole * (scatters + work.forward + work.head)
@@ -244,9 +247,11 @@ def exchange_of_activations(step: Step) -> Bytes:
             found["all-reduce", ("pipe",)] += 2 * shard * work.head
     if (ring := sizes["context"]) > 1:
         # A shard's keys and values visit all others in the forward pass, in the backward pass, and where attention is
-        # computed again. The first of these journeys' steps are equal, and one for XLA. The gradients go once round.
+        # computed again. The first steps of these journeys are equal, and one for XLA where no barrier is between
+        # them. The gradients go once round.
         keys = 2 * 4 * tokens * math.prod(local_shape(setup, (model.kv_heads,), P(setup.rules["kv_heads"] or None)))
-        steps = 1 + (ring - 2) * (2 + (train.recompute != "none")) + ring
+        again = train.recompute != "none"
+        steps = 1 + (again and BARRIERS_HOLD) + (ring - 2) * (2 + again) + ring
         found["collective-permute", ("context",)] += keys * model.head_width * steps * work.layers * step.microbatches
     if model.num_experts:
         found += exchange_of_experts(step)
