@@ -32,6 +32,13 @@ class Task(NamedTuple):
     microbatch: int
 
 
+def _require_groups(num_stages: int, virtual_stages: int, num_microbatches: int) -> None:
+    if virtual_stages > 1 and num_microbatches % num_stages:
+        raise ValueError(
+            f"{num_microbatches} microbatches in groups of {num_stages} (interleaved 1F1B): the last is not full"
+        )
+
+
 def one_f_one_b(num_stages: int, virtual_stages: int, num_microbatches: int) -> list[Task]:
     """(Interleaved) 1F1B in lockstep: at each tick every stage does at most one forward and one backward unit.
 
@@ -41,8 +48,7 @@ def one_f_one_b(num_stages: int, virtual_stages: int, num_microbatches: int) -> 
         ValueError: There are several chunks, and the last group would not be full.
     """
     S, V = num_stages, num_stages * virtual_stages
-    if virtual_stages > 1 and num_microbatches % S:
-        raise ValueError(f"{num_microbatches} microbatches in groups of {S} (interleaved 1F1B): the last is not full")
+    _require_groups(num_stages, virtual_stages, num_microbatches)
     groups = [range(first, min(first + S, num_microbatches)) for first in range(0, num_microbatches, S)]
     chunks: dict[Kind, range] = {"forward": range(virtual_stages), "backward": range(virtual_stages)[::-1]}
     todo = {
@@ -106,11 +112,19 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Lockstep:
-    """`one_f_one_b` in closed form. Pure arithmetic: on Python integers, NumPy arrays and traced arrays alike."""
+    """`one_f_one_b` in closed form. Pure arithmetic: on Python integers, NumPy arrays and traced arrays alike.
+
+    Raises:
+        ValueError: Several chunks, and a number of microbatches that does not fill groups (where it is known).
+    """
 
     num_stages: int
     virtual_stages: int
     num_microbatches: Any
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_microbatches, int):
+            _require_groups(self.num_stages, self.virtual_stages, self.num_microbatches)
 
     @property
     def _num_virtual(self) -> int:

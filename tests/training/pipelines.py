@@ -1,4 +1,4 @@
-"""Prints loss and gradient errors of pipelines against one device, as JSON. Run with 8 devices."""
+"""Prints loss and gradient errors of pipelines against one device, as JSON. Run with 8 devices, or as DEVICES says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from tiny import ALIBI, GPT, LLAMA, SEQ_LEN, make_params, make_program, make_set
 from mtx.training.pipeline import _Pipeline
 
 M8 = {"microbatch_size": 1}
+MOE: dict[str, Any] = {
+    **LLAMA, "num_layers": 3, "num_experts": 4, "experts_per_token": 2, "expert_every": 2, "load_balance_loss": 0.3,
+    "router_z_loss": 0.1,
+}  # fmt: skip
 
 
 def layout(mesh: dict[str, int], recompute: str, *, head: str = "sharded", chunks: int = 1, **more: Any) -> Any:
@@ -71,7 +75,36 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "whole vocabulary": layout({"pipe": 2, "tensor": 2}, "full", rules={"overrides": {"vocab": None}}),
         },
     ),
+    # With context and experts; routing and dropping as on one device.
+    "context": (
+        {**LLAMA, "num_layers": 5},
+        {"dropout": 0.1},
+        {
+            "pipe2 context2 tensor2": layout({"pipe": 2, "context": 2, "tensor": 2}, "selective"),
+            "pipe2 context4": layout({"pipe": 2, "context": 4}, "none", chunks=2, train={"microbatch_size": 2}),
+            "pipe2 context2 all-to-all": layout(
+                {"pipe": 2, "context": 2, "data": 2}, "full", train={"context_exchange": "all_to_all"}
+            ),
+        },
+    ),
+    "experts": (
+        {**MOE, "expert_capacity_factor": 0.8},
+        {},
+        {
+            "pipe3 expert2": layout({"pipe": 3, "expert": 2}, "none", train={"microbatch_size": 2}),
+            "pipe2 expert2 tensor2": layout({"pipe": 2, "expert": 2, "tensor": 2}, "selective", head="last"),
+        },
+    ),
+    "all axes": (
+        MOE,
+        {},
+        {
+            "pipe": layout({"pipe": 2, "data": 2, "expert": 2, "context": 2, "tensor": 2}, "selective"),
+            "fsdp": layout({"data": 2, "fsdp": 2, "expert": 2, "context": 2, "tensor": 2}, "full"),
+        },
+    ),
 }  # fmt: skip
+DEVICES = {"all axes": 32}
 
 
 def packed_batch(vocab_size: int, batch: int) -> dict[str, np.ndarray]:
