@@ -46,6 +46,8 @@ class Placement:
         storage: Spec of the weight in the training state.
         optimizer: Spec of its moments, and of the update.
         is_matrix: Whether it has two dims or more besides `layers` and `experts`.
+        in_float32: Whether it is used in float32 whatever the compute dtype: gains and biases, which enter sums in
+            float32, and routers, of which a rounded one sends tokens elsewhere.
         split_dim: The dim that `layer_axes` and `step_axes` split, or None.
         layer_axes: Mesh axes gathered anew at each use of the weight (ZeRO-3).
         step_axes: Mesh axes gathered once at the start of a step (ZeRO-2).
@@ -56,6 +58,7 @@ class Placement:
     storage: P
     optimizer: P
     is_matrix: bool
+    in_float32: bool
     split_dim: int | None
     layer_axes: tuple[str, ...]
     step_axes: tuple[str, ...]
@@ -125,6 +128,7 @@ def place(shape: tuple[int, ...], axes: tuple[str, ...], rules: Rules, sizes: di
         storage=with_split(layer_axes + step_axes),
         optimizer=with_split(split),
         is_matrix=is_matrix,
+        in_float32=not is_matrix or "router" in axes,
         split_dim=split_dim if layer_axes + step_axes else None,
         layer_axes=layer_axes,
         step_axes=step_axes,

@@ -264,7 +264,7 @@ def _check_batch(layout: Layout) -> Iterator[str]:
         else:
             most = share // (microbatch or 1)
             yield (
-                f"{shown} gives {where} {'' if microbatch else 'at most '}{most} microbatches, and with "
+                f"{shown} gives {where} {most} microbatches, and with "
                 f"{layout.show('Pipeline.virtual_stages')} they go through the stages in groups of "
                 f"{layout.show('Mesh.pipe')}: set {key} to {sizes} ({multiples(most, group)} microbatches), or "
                 "Pipeline.virtual_stages to 1"
@@ -285,15 +285,6 @@ def _check_pipeline(layout: Layout) -> Iterator[str]:
         yield (
             f"{layout.show('Train.scan_layers')} with {layout.show('Mesh.pipe')}: the few layers of a stage run in "
             "line; leave Train.scan_layers at None"
-        )
-    share, rest = divmod(run.train.global_batch_size, layout.shards("batch"))
-    group = stages if run.pipeline.virtual_stages > 1 else 1
-    if run.train.microbatch_size is None and not rest and share % group == 0:
-        fitting = [n for n in range(1, share // stages + 1) if share % (n * group) == 0] or [1]
-        yield (
-            f"Train.microbatch_size = None makes one microbatch of the {share} sequences of a data shard, so that one "
-            f"stage of {layout.show('Mesh.pipe')} works while the others wait (the bubble): set Train.microbatch_size "
-            f"to {' or '.join(map(str, fitting[:12]))}"
         )
 
 

@@ -215,7 +215,10 @@ class Train:
     global_batch_size: int = setting(low=1, drift=DATA, doc="sequences per update, whatever the number of devices")
     batch_ramp: BatchRamp | None = setting(None, drift=DATA, doc="smaller batches at the beginning; None: none")
     microbatch_size: int | None = setting(
-        None, low=1, drift=FREE, doc="sequences per data shard per microbatch; None: the whole share of the batch"
+        None,
+        low=1,
+        drift=FREE,
+        doc="sequences per data shard per microbatch; None: the whole share of the batch, with a pipeline one sequence",
     )
     recompute: Literal["none", "selective", "full"] = setting(
         "none", drift=FREE, doc="what the backward pass computes again: nothing, attention and activations, everything"

@@ -64,8 +64,8 @@ def place_run(run: schema.Run, layout: Layout) -> schema.Run:
     pipeline, train = run.pipeline, run.train
     if layout.counts["pipe"] == 1:
         pipeline = schema.Pipeline()
-    else:  # microbatches of one sequence where the run has none: the stages need several
-        train = replace(train, scan_layers=None, microbatch_size=train.microbatch_size or 1)
+    else:
+        train = replace(train, scan_layers=None)
     if layout.counts["context"] == 1:
         train = replace(train, context_exchange="ring")
     return replace(run, mesh=layout.mesh, pipeline=pipeline, train=train)

@@ -52,8 +52,7 @@ class Forward:
         comm, dtype = self.setup.context.comm, self.setup.context.dtype
 
         def one(w: jax.Array, placement: Placement) -> jax.Array:
-            # Gains and biases stay as they are stored: they enter sums in float32.
-            return comm.gather_for_step(w.astype(dtype) if placement.is_matrix else w, placement)
+            return comm.gather_for_step(w if placement.in_float32 else w.astype(dtype), placement)
 
         return jax.tree.map(one, self.setup.split_layers(comm.varying(params)), self.setup.split_placements)
 

@@ -64,6 +64,11 @@ class Setup:
             **stage_costs(self.definition, run, head_on_last=run.pipeline.head == "last"),
         )
 
+    @property
+    def microbatch_size(self) -> int | None:
+        """Sequences of a microbatch on a device; None: all that it has. The stages of a pipeline need several."""
+        return self.run.train.microbatch_size or (None if self.stages is None else 1)
+
     @cached_property
     def abstract_stacks(self) -> Params:
         """The parameters as the state holds them: the model's, with the rows of stacks in the order of the stages."""

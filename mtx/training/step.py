@@ -70,7 +70,7 @@ def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[Sums, Params]]:
     def body(
         params: Params, batch: Batch, weight: jax.Array, key: jax.Array, num_microbatches: jax.Array | None
     ) -> tuple[Sums, Params]:
-        microbatches = cut_microbatches(batch, setup.run.train.microbatch_size)
+        microbatches = cut_microbatches(batch, setup.microbatch_size)
         most, size = microbatches["tokens"].shape[:2]
         count = most if num_microbatches is None else num_microbatches
         divisors = divisors_of_losses(model, weight, count * size * comm.size("batch"))
@@ -135,7 +135,7 @@ def make_eval_step(setup: Setup) -> Callable[[Params, Batch], tuple[jax.Array, j
     evaluate = evaluate_in_turn if setup.stages is None else evaluate_in_pipeline
 
     def body(params: Params, batch: Batch) -> jax.Array:
-        microbatches = cut_microbatches(batch, setup.run.train.microbatch_size)
+        microbatches = cut_microbatches(batch, setup.microbatch_size)
         return comm.sum_shares(evaluate(forward, forward.prepare(params), microbatches))
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

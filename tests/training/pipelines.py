@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "pipe3 x 2 chunks": layout({"pipe": 3}, "selective", chunks=2, train={"microbatch_size": 2}),
             "pipe3 data2 last": layout({"pipe": 3, "data": 2}, "none", head="last"),
             "pipe6": layout({"pipe": 6}, "full", train={"microbatch_size": 3}),  # fewer microbatches than stages
+            "pipe6 of one sequence": layout({"pipe": 6}, "selective", train={"microbatch_size": None}),
             "pipe3 one microbatch": layout({"pipe": 3, "data": 2}, "selective", train={"microbatch_size": 6}),
         },
     ),
