@@ -6,11 +6,13 @@ Decides who computes it (`Pipeline.head`):
     last      the last stage alone; the others wait for it at the end of the tick
 
 In lockstep the tick is as long as its slowest stage either way. `sharded` spreads the work and costs two sums over the
-stages of one activation each; `last` costs a branch, before which a GPU waits for its host.
+stages of one activation each; `last` costs a branch, before which a GPU waits for its host. So does `sharded` where
+stages have several chunks: then there is something for the head at some ticks only, at the same ones on all devices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -56,26 +58,30 @@ class Head:
         return model.loss(x_BTD, inputs["targets"], inputs["weights"], self.context, chunk, self.rows)
 
     def _receive(self, out_BTD: jax.Array) -> jax.Array:
-        """The last stage's output, on all stages."""
+        """The last stage's output, on the devices that have a part of the head."""
         comm = self.context.comm
+        if not self.is_sharded:
+            return out_BTD
         is_last = self.stage == comm.size("layers") - 1
         return comm.varying(comm.sum(jnp.where(is_last, out_BTD, 0), "layers"))
+
+    def _where_needed(self, valid: jax.Array, compute: Callable[[], Any], nothing: Any) -> Any:
+        """What `compute` gives, or zeros: without a branch where every device has something to do at every tick."""
+        comm, stages = self.context.comm, self.context.comm.size("layers")
+        if self.is_sharded and self.forward.setup.run.pipeline.virtual_stages == 1:
+            return compute()
+        here = valid if self.is_sharded else valid & (self.stage == stages - 1)
+        return lax.cond(here, compute, lambda: comm.varying(nothing))
 
     def loss_sum(self, out_BTD: jax.Array, inputs: Inputs, valid: jax.Array) -> jax.Array:
         """This device's share of a microbatch's loss; 0 where it is not valid."""
         comm = self.context.comm
-        if self.is_sharded:
-            return comm.varying(
-                jnp.where(valid, comm.share(self._loss(self.weights, self._receive(out_BTD), inputs)), 0)
-            )
-        return self._on_last_stage(
-            valid, lambda: comm.varying(comm.share(self._loss(self.weights, out_BTD, inputs))), jnp.float32(0)
-        )
 
-    def _on_last_stage(self, valid: jax.Array, compute: Any, otherwise: Any) -> Any:
-        comm = self.context.comm
-        here = valid & (self.stage == comm.size("layers") - 1)
-        return lax.cond(here, compute, lambda: comm.varying(otherwise))
+        def compute() -> jax.Array:
+            loss = self._loss(self.weights, self._receive(out_BTD), inputs)
+            return comm.varying(jnp.where(valid, comm.share(loss), 0))
+
+        return self._where_needed(valid, compute, jnp.float32(0))
 
     def differentiate(
         self, out_BTD: jax.Array, inputs: Inputs, valid: jax.Array, seed: jax.Array, grads: Params
@@ -94,17 +100,16 @@ class Head:
         """
         comm = self.context.comm
 
-        def compute(x_BTD: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array, Params]:
+        def compute() -> tuple[jax.Array, jax.Array, Params]:
+            x_BTD = self._receive(out_BTD)
             loss, pullback = jax.vjp(lambda w, x: self._loss(w, x, inputs), self.weights, x_BTD)
-            dw, dx_BTD = pullback(cast_varying(seed, varying_axes(loss)))
-            return comm.varying((comm.share(loss), dx_BTD, dw))
+            dw, dx_BTD = pullback(cast_varying(jnp.where(valid, seed, 0), varying_axes(loss)))
+            if self.is_sharded:
+                dx_BTD = comm.sum(dx_BTD, "layers")
+            return comm.varying((jnp.where(valid, comm.share(loss), 0), dx_BTD, dw))
 
-        if self.is_sharded:
-            loss, dx_BTD, dw = compute(self._receive(out_BTD), jnp.where(valid, seed, 0))
-            loss, dx_BTD = jnp.where(valid, loss, 0), comm.varying(comm.sum(dx_BTD, "layers"))
-        else:
-            nothing = jax.tree.map(jnp.zeros_like, (jnp.float32(0), out_BTD, self.weights))
-            loss, dx_BTD, dw = self._on_last_stage(valid, lambda: compute(out_BTD, seed), nothing)
+        nothing = jax.tree.map(jnp.zeros_like, (jnp.float32(0), out_BTD, self.weights))
+        loss, dx_BTD, dw = self._where_needed(valid, compute, nothing)
         total = grads[self.table]["table"]
         added = lax.dynamic_slice_in_dim(total, self.start, self.count, 0) + dw[self.table]["table"].astype(total.dtype)
         new = {self.table: {"table": lax.dynamic_update_slice_in_dim(total, added, self.start, 0)}}
