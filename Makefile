@@ -3,7 +3,7 @@
 # make test      lint, types and the tests that take seconds
 # make test-all  the slow tests as well
 #
-# PYTHON=python3.12 chooses the interpreter, VENV=DIR another environment.
+# PYTHON=python3.12 chooses the interpreter, VENV=DIR another environment, WORKERS=N how many tests run at a time.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -23,6 +23,8 @@ TOKENIZER := stores/austen/tokenizer.model
 STORES := stores/austen/train/manifest.json stores/austen/validation/manifest.json
 
 SELECTED ?= not slow
+# Files of tests go to one worker each: what a file compiles is compiled once.
+WORKERS ?= 2
 
 .PHONY: setup train test test-all check pytest
 .DELETE_ON_ERROR:
@@ -69,7 +71,7 @@ check: setup
 	@$(BIN)/mypy
 
 pytest: setup
-	@$(BIN)/python -m pytest -q -m '$(SELECTED)'
+	@$(BIN)/python -m pytest -q -m '$(SELECTED)' --numprocesses $(WORKERS) --dist loadfile
 
 test-all:
 	@$(MAKE) --no-print-directory test SELECTED=
