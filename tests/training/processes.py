@@ -48,11 +48,12 @@ def main(names: list[str]) -> None:
     for name in names:
         sections = dict(CASES[name])
         model, mesh = sections.pop("model"), sections.pop("mesh")
-        layouts = {"mesh": mesh}
+        setups = {"mesh": make_setup(model, **sections, mesh=mesh)}
         if jax.process_count() == 1:
-            layouts["one device"] = {}
-        for layout, counts in layouts.items():
-            setup = make_setup(model, **sections, mesh=counts)
+            # Without what has no effect there.
+            one = {"train": {k: v for k, v in sections.get("train", {}).items() if k != "context_exchange"}}
+            setups["one device"] = make_setup(model, **{**sections, **one, "pipeline": {}})
+        for layout, setup in setups.items():
             _, results[f"{name}: {layout}"] = train(setup, STEPS)
         assert make_setup(model, mesh=mesh).mesh.size == jax.device_count()
     print(json.dumps(results))
