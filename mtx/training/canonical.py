@@ -115,6 +115,11 @@ class Canonical:
         """The canonical state, or parts of it by name, as a staged one. Arrays may be those of `state`."""
         return state if self._is_same else self._move(_load, state, self.abstract_state, self.setup.abstract_state)
 
+    @cached_property
+    def _programs(self) -> dict[Any, Any]:
+        """What moves arrays, by how they lie: compiled at the first checkpoint, used at all."""
+        return {}
+
     def _move(self, body: Any, state: Any, sources: Any, targets: Any) -> Any:
         stages, comm = self.setup.stages, self.setup.context.comm
         assert stages is not None
@@ -122,14 +127,17 @@ class Canonical:
         def move(stack: str, x: jax.Array, source: jax.ShapeDtypeStruct, target: jax.ShapeDtypeStruct) -> jax.Array:
             if not stack:
                 return x
-            specs: tuple[Any, Any] = source.sharding.spec, target.sharding.spec
-            rows = _Rows(comm, stages, stack, *specs)
-            moved = jax.shard_map(partial(body, rows), mesh=self.setup.mesh, in_specs=specs[0], out_specs=specs[1])
+            key = body, stack, source.sharding, target.sharding
+            if key not in self._programs:
+                specs: tuple[Any, Any] = source.sharding.spec, target.sharding.spec
+                rows = _Rows(comm, stages, stack, *specs)
+                moved = jax.shard_map(partial(body, rows), mesh=self.setup.mesh, in_specs=specs[0], out_specs=specs[1])
 
-            def through_device(x: jax.Array) -> jax.Array:
-                return moved(jax.device_put(x, jax.memory.Space.Device))  # moments may be on the host
+                def through_device(x: jax.Array) -> jax.Array:
+                    return moved(jax.device_put(x, jax.memory.Space.Device))  # moments may be on the host
 
-            return jax.jit(through_device, out_shardings=target.sharding)(x)
+                self._programs[key] = jax.jit(through_device, out_shardings=target.sharding)
+            return self._programs[key](x)
 
         def parts(tree: Any) -> Any:
             return {name: tree[name] for name in state}

@@ -29,7 +29,7 @@ from mtx.training.accumulate import pick_microbatch
 from mtx.training.forward import Forward, Inputs, join_extras
 from mtx.training.pipeline_head import Head
 from mtx.training.remat import ring_names
-from mtx.training.schedule import Lockstep, Unit
+from mtx.training.schedule import CLOSED_FORMS, Unit
 from mtx.training.stages import Stages
 from mtx.training.sums import Sums, names_of_sums, split_counts
 
@@ -61,7 +61,8 @@ class _Pipeline:
         assert setup.stages is not None
         self.forward, self.microbatches, self.key = forward, microbatches, key
         self.stages: Stages = setup.stages
-        self.schedule = Lockstep(self.stages.num_stages, self.stages.virtual_stages, count)
+        closed_form = CLOSED_FORMS[setup.run.pipeline.schedule]
+        self.schedule = closed_form(self.stages.num_stages, self.stages.virtual_stages, count)
         self.stage = setup.context.comm.index("layers")
         self.embed_weights: Params = {name: prepared[name] for name in setup.definition.ends.embed}
         self.head = Head(forward, prepared, self.stage)

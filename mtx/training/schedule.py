@@ -169,3 +169,7 @@ class Lockstep:
             chunk=chunk,
             microbatch=group * S + place,
         )
+
+
+CLOSED_FORMS: dict[str, type[Lockstep]] = {"1f1b": Lockstep}
+"""By the same names as `SCHEDULES`: what the compiled step computes its units with."""
