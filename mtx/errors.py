@@ -27,3 +27,9 @@ class CheckpointError(UserError):
     """Checkpoints exist and none of them verifies. Exit code 5."""
 
     exit_code = 5
+
+
+class StalledError(UserError):
+    """A process of the run hung, was lost or computes wrongly. Start again from the last checkpoint. Exit code 6."""
+
+    exit_code = 6

@@ -48,6 +48,7 @@ def make_run(model: dict[str, Any], **sections: dict[str, Any]) -> schema.Run:
         data=schema.Data(),
         tokenizer=schema.Tokenizer(),
         checkpoint=schema.Checkpoint(),
+        health=schema.Health(**sections.get("health", {})),
     )
 
 

@@ -246,6 +246,13 @@ class Train:
     log_every: int = setting(10, low=1, drift=FREE, doc="steps between lines of metrics")
     eval_every: int | None = setting(None, low=1, drift=FREE, doc="steps between evaluations; None: at the end only")
     eval_batches: int = setting(8, low=1, drift=FREE, doc="batches per validation set and evaluation, at most")
+    stop_before: float | str | None = setting(
+        None,
+        low=0.0,
+        drift=FREE,
+        doc="wall-clock limit: seconds since the start of the process, a duration like '11h50m', or a time like "
+        "'2026-11-23T18:00:00' (local where it names no zone); the run saves and stops in time (exit code 4)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +260,12 @@ class Data:
     """Token stores, made by `mtx data build`. Relative paths start at the working directory."""
 
     train: dict[str, float] = setting({}, drift=DATA, doc="store -> weight; weights are relative shares of the samples")
+    stages: dict[str, dict[str, float]] = setting(
+        {},
+        drift=DATA,
+        doc="blends that replace Data.train later: {'1000 steps': {'STORE': weight}, '2e9 tokens': {...}}; each store "
+        "goes on where it stood",
+    )
     validation: dict[str, str] = setting({}, drift=FREE, doc="name -> store, evaluated every Train.eval_every steps")
     packing: Literal["windows", "documents"] = setting(
         "windows", drift=DATA, doc="windows: slices of the stream; documents: whole ones, which do not see each other"
@@ -279,6 +292,52 @@ class Checkpoint:
     every_steps: int | None = setting(None, low=1, drift=FREE, doc="steps between checkpoints; None: at the end only")
     keep_last: int = setting(3, low=1, drift=FREE, doc="newest checkpoints kept")
     keep_every: int | None = setting(None, low=1, drift=FREE, doc="checkpoints at multiples of this step stay for ever")
+    keep_best: str | None = setting(
+        None, drift=FREE, doc="name in Data.validation: the checkpoint with the least loss on it stays, too"
+    )
+    probe: bool = setting(
+        True,
+        drift=FREE,
+        doc="a checkpoint holds digests of its arrays and the loss of the next step; a resume repeats them",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """How a run looks after itself."""
+
+    max_nonfinite: int = setting(
+        3, low=0, drift=FREE, doc="steps in a row whose update may be skipped for a gradient that is not finite"
+    )
+    spike_score: float | None = setting(
+        None,
+        low=0.0,
+        drift=FREE,
+        doc="loss above the median by so many robust standard deviations is a spike; None: off",
+    )
+    spike_window: int = setting(128, low=8, drift=FREE, doc="steps whose losses the median is taken of")
+    spike_patience: int = setting(1, low=1, drift=FREE, doc="steps in a row above the threshold that make a spike")
+    max_rollbacks: int = setting(
+        3, low=0, drift=FREE, doc="times that a run goes back to one checkpoint and skips data; then exit code 3"
+    )
+    hang_timeout_s: float = setting(
+        1800.0,
+        low=1.0,
+        drift=FREE,
+        doc="seconds without progress after which the late process is named and the run ends",
+    )
+    peer_timeout_s: float = setting(
+        20.0, low=1.0, drift=FREE, doc="seconds without a sign of life of a process after which the others end the run"
+    )
+    straggler_every: int | None = setting(
+        100, low=1, drift=FREE, doc="steps between comparisons of the processes' own time; None: never"
+    )
+    straggler_ratio: float = setting(
+        1.5, low=1.0, drift=FREE, doc="a process that takes so many times the median of all is named"
+    )
+    digest_every: int | None = setting(
+        None, low=1, drift=FREE, doc="steps between comparisons of what should be copies of one array; None: never"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,3 +353,4 @@ class Run:
     data: Data
     tokenizer: Tokenizer
     checkpoint: Checkpoint
+    health: Health

@@ -18,7 +18,10 @@ from mtx.health.revision import find_git_revision
 
 NAME = "journal.jsonl"
 
-Event = Literal["start", "compiled", "resumed", "saved", "preempted", "spike", "rollback", "hang", "finished"]
+Event = Literal[
+    "start", "resumed", "accepted", "compiled", "evaluated", "saved", "stored", "save_failed", "skipped", "spike",
+    "rollback", "straggler", "corruption", "hang", "preempted", "finished",
+]  # fmt: skip
 
 
 class Journal:

@@ -25,6 +25,7 @@ def make_run(**train):
         data=schema.Data(),
         tokenizer=schema.Tokenizer(),
         checkpoint=schema.Checkpoint(),
+        health=schema.Health(),
     )
 
 
