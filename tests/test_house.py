@@ -16,8 +16,9 @@ MAX_LINES = 400
 
 # Each room may import itself and those before it.
 ROOMS = (
-    "errors", "config", "mesh", "sharding", "collectives", "nn", "models", "objectives", "optim", "data", "training",
-    "checkpoints", "health", "planning", "reports", "interop", "inference", "evaluation", "commands", "cli", "__main__",
+    "errors", "jsonl", "config", "mesh", "sharding", "collectives", "nn", "models", "objectives", "optim", "data",
+    "training", "checkpoints", "health", "planning", "reports", "interop", "inference", "evaluation", "commands", "cli",
+    "__main__",
 )  # fmt: skip
 
 # The story of a run brings everything together.
@@ -30,6 +31,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "mtx/cli.py": (),
     "mtx/commands/": ("jax", "rich"),  # inside run() only: which process am I, how many devices are there
     "mtx/errors.py": (),
+    "mtx/jsonl.py": (),
     "mtx/config/": (),
     "mtx/config/statements.py": ("gin",),
     "mtx/mesh.py": ("jax",),
@@ -53,7 +55,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "mtx/evaluation/": ("jax",),
     "launch/": (),
 }
-WITHOUT_NUMPY = ("mtx/config/", "mtx/errors.py", "mtx/cli.py", "launch/")
+WITHOUT_NUMPY = ("mtx/config/", "mtx/errors.py", "mtx/jsonl.py", "mtx/cli.py", "launch/")
 
 COLLECTIVES = {
     "all_gather", "all_to_all", "axis_index", "pcast", "pmax", "pmean", "pmin", "ppermute", "psum", "psum_scatter",

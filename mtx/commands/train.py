@@ -65,7 +65,7 @@ def _sample(trained: Trained, prompts: list[str]) -> list[dict[str, Any]]:
 
 
 def _record(samples: list[dict[str, Any]], path: Path) -> None:
-    from mtx.health.jsonl import LineWriter
+    from mtx.jsonl import LineWriter
 
     writer = LineWriter(path)
     for sample in samples:

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mtx.health.jsonl import LineWriter, read_records
 from mtx.health.revision import find_git_revision
+from mtx.jsonl import LineWriter, read_records
 
 NAME = "journal.jsonl"
 

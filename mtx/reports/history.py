@@ -18,7 +18,7 @@ from mtx.config.values import format_value
 from mtx.errors import UserError
 from mtx.health.goodput import Goodput, measure_goodput
 from mtx.health.journal import read_journal
-from mtx.health.jsonl import read_records
+from mtx.jsonl import read_records
 from mtx.reports.metrics import read_metrics, read_undone_metrics
 
 Record = dict[str, Any]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtx.health.jsonl import LineWriter, parse_line, read_records
+from mtx.jsonl import LineWriter, parse_line, read_records
 
 NAME = "metrics.jsonl"
 _UNDONE = "metrics.before-resume-{}.jsonl"
