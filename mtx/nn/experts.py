@@ -239,15 +239,16 @@ class Experts(Module):
         return slots.collect(y_RD).reshape(x_BTD.shape)
 
 
-def balance(stack: Params, load_LE: jax.Array, rate: float) -> Params:
+def balance(stack: Params, load_LE: jax.Array, rate: jax.Array | float) -> Params:
     """Moves the biases of a stack of layers towards an even load (arXiv 2408.15664).
 
     Args:
         stack: Nested dict of stacked parameters; its leaves `balance_bias` are [L, E].
         load_LE: Tokens sent to each expert of each layer. Rows without tokens leave their biases as they are.
-        rate: What is added to the bias of an expert with less than the mean load, and taken from one with more.
+        rate: What is added to the bias of an expert with less than the mean load, and taken from one with more; 0
+            leaves all biases as they are, and with it the load may be anything.
     """
-    step_LE = rate * jnp.sign(load_LE.mean(1, keepdims=True) - load_LE)
+    step_LE = jnp.where(rate == 0, 0.0, rate * jnp.sign(load_LE.mean(1, keepdims=True) - load_LE))
 
     def move(name: str, leaf: Params | jax.Array) -> Params | jax.Array:
         if isinstance(leaf, dict):

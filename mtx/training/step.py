@@ -5,6 +5,7 @@
                 each gradient reduced over its devices once, after the last microbatch
     direction = optimizer(g)                                          elementwise, on shards, under pjit
     params   -= learning rate * direction                             the rate is an input: no recompilation
+                where loss and |g| are finite; else nothing changes but the number of the step
 
 The order of transformations, outermost first: jit, shard_map, scan over microbatches, vjp, (scan over layers), remat.
 
@@ -38,7 +39,8 @@ Batch = dict[str, jax.Array]
 (float32) and `num_microbatches` (int32, where the batch size ramps up)."""
 
 Metrics = dict[str, jax.Array]
-"""`loss` (nats per target token), `grad_norm`, `target_tokens`, and what `mtx.training.sums.as_metrics` adds."""
+"""`loss` (nats per target token), `grad_norm`, `target_tokens`, `skipped` (bool: there was no update), and what
+`mtx.training.sums.as_metrics` adds."""
 
 
 def _split_scalars(batch: Batch) -> tuple[Batch, Batch]:
@@ -100,15 +102,24 @@ def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[Sums, Params]]:
     return loss_and_gradients
 
 
+def _only_where(condition: jax.Array, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, which goes nowhere and remembers nothing where the condition, a scalar, is false."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        direction, after = transformation.update(grads, state, params)
+        direction = jax.tree.map(lambda d: jnp.where(condition, d, jnp.zeros_like(d)), direction)
+        return direction, jax.tree.map(lambda new, old: jnp.where(condition, new, old), after, state)
+
+    return optax.GradientTransformation(transformation.init, update)
+
+
 def make_train_step(setup: Setup) -> Any:
     """The jitted function (state, batch) -> (state, metrics). Its state is consumed: that memory holds the result."""
     loss_and_gradients = make_loss_and_gradients(setup)
     objective: Any = setup.run.train.objective
     shards = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state["params"])
     update_shards = jax.tree.map(lambda p: jax.sharding.NamedSharding(setup.mesh, p.optimizer), setup.placements)
-    model, update = setup.run.model, setup.transformation.update
-    if setup.run.train.offload_optimizer:
-        update = partial(update_in_turn, setup.transformation)
+    model, offloaded = setup.run.model, setup.run.train.offload_optimizer
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         arrays, scalars = _split_scalars(batch)
@@ -116,13 +127,17 @@ def make_train_step(setup: Setup) -> Any:
         key = jax.random.fold_in(jax.random.key(setup.run.train.seed + 1), state["step"])
         sums, grads = loss_and_gradients(state["params"], arrays, weight, key, scalars.get("num_microbatches"))
         grads, params = lax.with_sharding_constraint((grads, state["params"]), (update_shards, update_shards))
+        norm = optax.tree.norm(grads)
+        is_finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        transformation = _only_where(is_finite, setup.transformation)
+        update = partial(update_in_turn, transformation) if offloaded else transformation.update
         direction, optimizer = update(grads, state["optimizer"], params)
         params = jax.tree.map(lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction)
         if model.expert_bias_rate > 0:
-            stack = balance(params["expert_layers"], sums["expert_load"], model.expert_bias_rate)
-            params = {**params, "expert_layers": stack}
+            rate = jnp.where(is_finite, model.expert_bias_rate, 0.0)
+            params = {**params, "expert_layers": balance(params["expert_layers"], sums["expert_load"], rate)}
         params = lax.with_sharding_constraint(params, shards)
-        metrics = {**as_metrics(sums), "grad_norm": optax.tree.norm(grads), "target_tokens": weight}
+        metrics = {**as_metrics(sums), "grad_norm": norm, "target_tokens": weight, "skipped": ~is_finite}
         return {"params": params, "optimizer": optimizer, "step": state["step"] + 1}, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None))

@@ -110,3 +110,20 @@ def test_rows_of_a_ramped_batch_are_spread_over_the_shards():
     assert (weights[:, :2] == 1).all()
     assert (weights[:, 2:] == 0).all()
     assert {shard.data.shape[0] for shard in batch["tokens"].addressable_shards} == {4}
+
+
+@pytest.mark.parametrize("train", [{}, {"offload_optimizer": True}])
+def test_update_with_infinite_gradient_is_skipped(train):
+    experts = {**GPT, "num_layers": 1, "num_experts": 4, "experts_per_token": 2, "expert_bias_rate": 0.1}
+    setup = make_setup(experts, train=train)
+    step = make_train_step(setup)
+    batch = {"tokens": make_tokens(), "learning_rate": np.float32(0.01)}
+    state, metrics = step(setup.initialize(), batch)
+    assert not metrics["skipped"]
+    params = state["params"]
+    state["params"] = {**params, "final_norm": jax.tree.map(lambda a: a * jnp.inf, params["final_norm"])}
+    before = jax.tree.map(np.asarray, state)
+    after, metrics = step(state, batch)
+    assert metrics["skipped"]
+    assert int(after.pop("step")) == int(before.pop("step")) + 1
+    jax.tree.map(np.testing.assert_array_equal, after, before)
