@@ -10,11 +10,12 @@ from __future__ import annotations
 import datetime
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mtx.health.revision import find_git_revision
-from mtx.jsonl import LineWriter, read_records
+from mtx.jsonl import LineWriter, read_records, say
 
 NAME = "journal.jsonl"
 
@@ -27,15 +28,21 @@ Event = Literal[
 class Journal:
     """Appends to `RUN_DIR/journal.jsonl`. Processes of one run may share it."""
 
-    def __init__(self, run_dir: Path, *, config_digest: str, process: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, *, config_digest: str, process: int = 0, warn: Callable[[str], None] = say
+    ) -> None:
         """Opens the journal of a run directory that exists.
 
         Args:
             run_dir: The run directory.
             config_digest: Of the resolved config that this attempt runs with.
             process: Index of this process in the run.
+            warn: Told in a sentence when a full disk makes events wait in memory, and when it is over.
+
+        Raises:
+            UserError: The file cannot be opened for writing.
         """
-        self._writer = LineWriter(run_dir / NAME)
+        self._writer = LineWriter(run_dir / NAME, warn=warn)
         self._origin = {
             "host": socket.gethostname(),
             "process": process,
