@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class RunDirectory:
         path = Path(path)
         if (path / CONFIG).is_file():
             return True
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and all(_is_launchers(entry.name) for entry in path.iterdir())):
             raise UserError(f"{path} exists and is no run directory (it has no config.gin); give another --run-dir")
         return False
 
@@ -191,6 +192,11 @@ def save_initial(directory: RunDirectory, params: Mapping[str, Any], meta: Mappi
     """Saves weights that come from elsewhere as step 0."""
     with directory.checkpoints() as checkpoints:
         checkpoints.save(0, {"params": params}, meta)
+
+
+def _is_launchers(name: str) -> bool:
+    """Whether a launcher keeps it there, beginning before the run does (`launch/job.py`)."""
+    return name in ("launch.jsonl", "logs") or fnmatch(name, "job*.json")
 
 
 def _write(path: Path, text: str) -> None:
