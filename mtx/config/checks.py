@@ -15,6 +15,7 @@ from mtx.config import render, schema
 from mtx.config.axes import LOGICAL_AXES, MESH_AXES
 from mtx.config.components import families, settings
 from mtx.config.render import Origin
+from mtx.config.stages import check_blends
 from mtx.config.statements import nearest
 from mtx.config.values import format_value
 from mtx.config.wording import Show, divisors, multiples, show_setting, useless
@@ -191,9 +192,7 @@ def _check_mesh(run: schema.Run, show: Show) -> Iterator[str]:
 
 
 def _check_data(run: schema.Run, show: Show) -> Iterator[str]:
-    for store, weight in run.data.train.items():
-        if weight <= 0:
-            yield f"Data.train: the weight of {store!r} is {weight} and must be above 0 (or remove the store)"
+    yield from check_blends(run, show)
     if not run.data.validation:
         for name in ("eval_every", "eval_batches"):
             if getattr(run.train, name) != settings(schema.Train)[name].default:
