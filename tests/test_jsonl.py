@@ -45,7 +45,7 @@ class Disk:
 
 @pytest.mark.parametrize("room", range(16))
 def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path, monkeypatch: Any, room: int) -> None:
-    path, said = tmp_path / "x.jsonl", []
+    path, said = tmp_path / "x.jsonl", list[str]()
     writer = LineWriter(path, warn=said.append)
     disk = Disk(monkeypatch, room)
     written = [writer.append({"a": number}, durable=True) for number in range(4)]
