@@ -24,8 +24,10 @@ from mtx.data import integrity
 from mtx.data.arrays import ArrayWriter
 from mtx.data.batches import Batches
 from mtx.data.build import SHARD_TOKENS
+from mtx.data.course import Course
+from mtx.data.entry import Content, Entry
 from mtx.data.packing import plan
-from mtx.data.ramp import BatchSizes
+from mtx.data.samples import Sources
 from mtx.data.store import CACHE_BYTES, FORMAT, VERSION, open_store
 
 WINDOWS = (256, 1024, 2048)  # seq_len
@@ -52,17 +54,29 @@ def main() -> None:
 
 def measure(path: Path, seq_len: int, packing: Any, seconds: float) -> dict[str, Any]:
     """Tokens per second by the kind of reading."""
-    sizes = BatchSizes(global_batch_size=BATCH_TOKENS // seq_len, seq_len=seq_len)
-    rates: dict[str, Any] = {"packing": packing, "seq_len": seq_len, "batch_size": sizes.max}
+    batch_size = BATCH_TOKENS // seq_len
+    rates: dict[str, Any] = {"packing": packing, "seq_len": seq_len, "batch_size": batch_size}
     for kinds, cache_bytes in ((("first", "again"), CACHE_BYTES), (("beyond_cache",), 0)):
-        store = open_store(path, cache_bytes=cache_bytes)
-        batches = Batches([(store, 1.0)], seq_len=seq_len, batch_sizes=sizes, seed=0, packing=packing)
+        sources = Sources(cache_bytes=cache_bytes)
+        store = sources.open(str(path))
+        entry = Entry(
+            step=0,
+            seed=0,
+            seq_len=seq_len,
+            packing=packing,
+            global_batch_size=batch_size,
+            batch_ramp=None,
+            train={str(path): 1.0},
+            stages={},
+            stores={str(path): Content(store.digest, len(sources.samples(store, seq_len, packing)))},
+        )
+        batches = Batches(Course([entry]), sources)
         for kind in kinds:
             begin, step = time.perf_counter(), 0
             while time.perf_counter() - begin < seconds:
                 batches.read(step)
                 step += 1
-            rates[kind] = round(sizes.tokens(step) / (time.perf_counter() - begin))
+            rates[kind] = round(batches.course.tokens(step) / (time.perf_counter() - begin))
     return rates
 
 

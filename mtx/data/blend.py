@@ -9,6 +9,7 @@ share within (number of sources + 1) / 2 samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -63,3 +64,14 @@ class Blend:
         """How many samples each source gives before a sample: int64[sources]."""
         periods, place = divmod(sample, PERIOD)
         return periods * self._quotas + np.bincount(self._sources[:place], minlength=len(self._quotas))
+
+    def find(self, source: int, positions: np.ndarray) -> np.ndarray:
+        """The inverse of `locate`: the samples (int64[n]) that are a source's own number `positions` (int64[n])."""
+        periods, ranks = np.divmod(positions, self._quotas[source])
+        return periods * PERIOD + np.flatnonzero(self._sources == source)[ranks]
+
+
+@lru_cache(maxsize=64)
+def make_blend(weights: tuple[float, ...]) -> Blend:
+    """The blend of some weights, made once however often a run comes back to it."""
+    return Blend(weights)

@@ -84,10 +84,13 @@ def _digest(path: Path, sync: bool = False) -> dict[str, Any]:
         return {"size_bytes": file.tell(), "blake2b": digest.hexdigest()}
 
 
+def digest_content(content: dict[str, Any]) -> str:
+    """BLAKE2b digest of what a manifest holds: equal where every byte of every file that it seals is."""
+    return hashlib.blake2b(json.dumps(content, indent=1, sort_keys=True).encode(), digest_size=32).hexdigest()
+
+
 def _encode(content: dict[str, Any]) -> str:
-    body = json.dumps(content, indent=1, sort_keys=True)
-    digest = hashlib.blake2b(body.encode(), digest_size=32).hexdigest()
-    return json.dumps({"digest": digest} | content, indent=1) + "\n"
+    return json.dumps({"digest": digest_content(content)} | content, indent=1) + "\n"
 
 
 def _map(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:

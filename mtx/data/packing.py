@@ -44,10 +44,7 @@ class PackedRows:
             `tokens`: int32[n, seq_len + 1], end-of-document ids in padding; `segments`: int32[n, seq_len + 1], number
             of the piece in its row from 1, 0 in padding; `positions`: int32[n, seq_len + 1], place in the piece.
         """
-        row_begins = np.append(0, self._row_ends)
-        known = np.minimum(rows, len(self))
-        num_pieces = row_begins[np.minimum(known + 1, len(self))] - row_begins[known]
-        pieces = _ranges(row_begins[known], num_pieces)
+        pieces, num_pieces = self._pieces(rows)
         starts, slots = self._starts[pieces], self._targets[pieces] + 1
         numbers = _ranges(np.zeros_like(num_pieces), num_pieces)
         # Where each piece begins in the batch, seen as one line of slots: what precedes it in its row, after the row.
@@ -68,6 +65,27 @@ class PackedRows:
         segments.reshape(-1)[places] = np.repeat(numbers + 1, slots)
         positions.reshape(-1)[places] = places - np.repeat(begins, slots)
         return {"tokens": tokens, "segments": segments, "positions": positions}
+
+    def targets(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where in the stream the targets of some rows (int64[n]) are.
+
+        Returns:
+            starts, lengths: int64[m], spans of the stream; places: int64[m], which of `rows` each span is of.
+        """
+        pieces, num_pieces = self._pieces(rows)
+        return self._starts[pieces], self._targets[pieces], np.repeat(np.arange(len(rows)), num_pieces)
+
+    def containing(self, start: int, stop: int) -> np.ndarray:
+        """The rows with a target among tokens [start, stop) of the stream: int64[n]."""
+        pieces = np.flatnonzero((self._starts < stop) & (self._starts + self._targets > start))
+        return np.unique(np.searchsorted(self._row_ends, pieces, side="right"))
+
+    def _pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of each row, one row after the other, and how many each has. None past the last row."""
+        row_begins = np.append(0, self._row_ends)
+        known = np.minimum(rows, len(self))
+        num_pieces = row_begins[np.minimum(known + 1, len(self))] - row_begins[known]
+        return _ranges(row_begins[known], num_pieces), num_pieces
 
 
 def plan(document_ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -46,6 +46,7 @@ class Store:
     def __init__(self, path: Path, manifest: dict[str, Any], cache_bytes: int):
         self.path = path
         self.manifest = manifest
+        self.digest = integrity.digest_content(manifest)  # of all that the store holds
         self.num_tokens: int = manifest["num_tokens"]
         self.num_documents: int = manifest["num_documents"]
         self.vocab_size: int = manifest["vocab_size"]
@@ -113,15 +114,19 @@ class Store:
             raise UserError(f"{self.path}: no document {index}; it has 0 to {self.num_documents - 1}")
         start = int(self.document_ends[index - 1]) if index else 0
         stop = int(self.document_ends[index]) - 1
-        id_start = int(self._id_ends[index - 1]) if index else 0
         source = self.sources[int(np.searchsorted(self._first_documents, index, side="right")) - 1]
         return StoredDocument(
             index=index,
-            id=bytes(self._id_bytes[id_start : self._id_ends[index]]).decode(),
+            id=self.document_id(index),
             source=source["path"],
             line=int(ArrayReader(self.path / "document_lines").read(index, index + 1)[0]),
             tokens=self.read_spans(np.array([start]), np.array([stop - start])),
         )
+
+    def document_id(self, index: int) -> str:
+        """The id of document number `index`, which there is."""
+        start = self._id_ends[index - 1] if index else 0
+        return bytes(self._id_bytes[start : self._id_ends[index]]).decode()
 
     def document_length_quantiles(self, quantiles: Sequence[float]) -> dict[float, int]:
         """Quantile in [0, 1] -> tokens of a document, without the token that ends it."""

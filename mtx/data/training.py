@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtx.config import schema
 from mtx.data.batches import Batches, ValidationBatches, check_store
-from mtx.data.ramp import BatchSizes
-from mtx.data.store import open_store
+from mtx.data.course import Course
+from mtx.data.entry import Entry
+from mtx.data.samples import Sources
 from mtx.data.tokenizer import load_tokenizer
 
 
@@ -20,49 +21,53 @@ class TrainingData:
     Attributes:
         train: The training batches.
         validation: The batches of each validation set, by its name.
-        sizes: How many sequences each step has.
+        sizes: How many sequences each step has, and what else follows from the ledger.
         tokenizer_files: Files of the tokenizer that made all stores, by the names that it is loaded by.
     """
 
     train: Batches
     validation: Mapping[str, ValidationBatches]
-    sizes: BatchSizes
+    sizes: Course
     tokenizer_files: Mapping[str, Path]
 
 
-def open_training_data(run: schema.Run) -> TrainingData:
-    """Opens the stores of `Data.train` and `Data.validation`.
+def open_training_data(run: schema.Run, entries: Sequence[Entry] = (), sources: Sources | None = None) -> TrainingData:
+    """Opens the stores of `Data.train`, `Data.stages` and `Data.validation`.
+
+    Args:
+        run: The run.
+        entries: Of its ledger; none: the run as it is, from step 0 on.
+        sources: Where stores may be open already; those of this run are checked and stay open in it.
 
     Raises:
         UserError: One is missing, damaged, too short, or does not fit the model or the tokenizer of the run.
     """
-    train = {path: open_store(path) for path in run.data.train}
-    validation = {name: open_store(path) for name, path in run.data.validation.items()}
-    first = next(iter(train.values()))
+    sources = Sources() if sources is None else sources
+    staged = dict.fromkeys(path for blend in run.data.stages.values() for path in blend)
+    stores = {
+        key: [sources.open(path) for path in paths]
+        for key, paths in (
+            ("Data.train", run.data.train), ("Data.stages", staged), ("Data.validation", run.data.validation.values())
+        )
+    }  # fmt: skip
+    first = stores["Data.train"][0]
     tokenizer = first.tokenizer() if run.tokenizer.path is None else load_tokenizer(run.tokenizer.path)
-    for key, stores in (("Data.train", train), ("Data.validation", validation)):
-        for store in stores.values():
+    for key, opened in stores.items():
+        for store in opened:
             check_store(store, key=key, model_vocab_size=run.model.vocab_size, tokenizer=tokenizer)
-    seq_len, packing = run.train.seq_len, run.data.packing
-    sizes = BatchSizes(global_batch_size=run.train.global_batch_size, seq_len=seq_len, ramp=run.train.batch_ramp)
+    course = Course(entries or [Entry.of(run, sources, 0)])
     return TrainingData(
-        train=Batches(
-            [(train[path], weight) for path, weight in run.data.train.items()],
-            seq_len=seq_len,
-            batch_sizes=sizes,
-            seed=run.train.seed,
-            packing=packing,
-        ),
+        train=Batches(course, sources),
         validation={
             name: ValidationBatches(
                 store,
-                seq_len=seq_len,
+                seq_len=run.train.seq_len,
                 batch_size=run.train.global_batch_size,
                 max_batches=run.train.eval_batches,
-                packing=packing,
+                packing=run.data.packing,
             )
-            for name, store in validation.items()
+            for name, store in zip(run.data.validation, stores["Data.validation"])
         },
-        sizes=sizes,
+        sizes=course,
         tokenizer_files=tokenizer.files,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from mtx.data.ramp import BatchSizes
+from mtx.data.ramp import Sizes
 from mtx.planning.flops import model_flops_per_token
 from mtx.planning.hardware import find_gpu
 from mtx.training.state import Setup
@@ -13,7 +13,7 @@ from mtx.training.state import Setup
 class Throughput:
     """Measures stretches of steps between pauses. Attention counts in full (planning.flops), recomputation does not."""
 
-    def __init__(self, setup: Setup, sizes: BatchSizes) -> None:
+    def __init__(self, setup: Setup, sizes: Sizes) -> None:
         whole, run = setup.definition.whole, setup.run
         self._sizes, self._devices = sizes, setup.mesh.size
         self._flops_per_token = model_flops_per_token(run.model, whole.params, whole.axes, run.train.seq_len)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mtx.data.ramp import BatchSizes
+from mtx.data.ramp import Sizes
 from mtx.sharding import batch_spec
 from mtx.training.state import Setup
 from mtx.training.step import Batch
@@ -28,7 +28,7 @@ class Reader(Protocol):
         """Rows of the batch of a step: arrays with a leading dim of `len(rows)`."""
 
 
-def _spread(setup: Setup, sizes: BatchSizes, step: int) -> np.ndarray:
+def _spread(setup: Setup, sizes: Sizes, step: int) -> np.ndarray:
     """int [largest batch]: which sample of the batch each row of the global array holds; -1: none.
 
     Every shard's rows are filled from the front, so that while the batch ramps up its first microbatches are full and
@@ -74,7 +74,7 @@ def _on_mesh(setup: Setup, samples: np.ndarray, read: Callable[[np.ndarray], dic
     return batch
 
 
-def make_train_batch(setup: Setup, reader: Reader, sizes: BatchSizes, step: int) -> Batch:
+def make_train_batch(setup: Setup, reader: Reader, sizes: Sizes, step: int) -> Batch:
     """The batch of a step (0-based) with its learning rate, on the mesh."""
     train = setup.run.train
     optimizer: Any = train.optimizer

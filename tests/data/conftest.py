@@ -4,14 +4,19 @@ import gzip
 import json
 import pathlib
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mtx.config import schema
+from mtx.data import integrity
+from mtx.data.arrays import CHUNK, ArrayWriter
 from mtx.data.build import build_store
 from mtx.data.inputs import Selection
-from mtx.data.store import open_store
+from mtx.data.store import FORMAT, VERSION, open_store
 from mtx.data.tokenizer_training import train_sentencepiece
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -71,6 +76,49 @@ def make_store(tmp_path, sentencepiece_model):
         options = {"tokenizer_path": str(sentencepiece_model), "selection": Selection(), "workers": 1} | options
         build_store([str(source)], out=tmp_path / name, **options)
         return open_store(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def write_store(tmp_path):
+    """Makes a store of random tokens, in documents of some lengths: write_store("name", lengths, seed=1) -> Store."""
+
+    def make(name, lengths, seed=0):
+        path, ends = tmp_path / name, np.cumsum(np.asarray(lengths) + 1)
+        tokens = np.random.default_rng(seed).integers(1, 500, ends[-1]).astype(np.uint16)
+        tokens[ends - 1] = 0
+        ids = [f"{name}/{i}".encode() for i in range(len(ends))]
+        arrays = {
+            "tokens": tokens,
+            "document_ends": ends.astype(np.int64),
+            "id_ends": np.cumsum([len(i) for i in ids]).astype(np.int64),
+            "id_bytes": np.frombuffer(b"".join(ids), np.uint8),
+        }
+        path.mkdir()
+        for part, array in arrays.items():
+            writer = ArrayWriter(path / part, dtype=array.dtype, length=len(array), shard=CHUNK)
+            writer.append(array)
+            writer.close()
+        manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "num_tokens": int(ends[-1])}
+        rest = {"num_documents": len(ends), "vocab_size": 500, "tokenizer_fingerprint": "", "end_of_document_id": 0}
+        integrity.seal(path, manifest | rest)
+        return open_store(path)
+
+    return make
+
+
+@pytest.fixture
+def make_run():
+    """The sections of a run that its data follow from: make_run({store: weight}, seq_len=8, stages={...}, ...)."""
+
+    def make(train, *, stages=None, packing="windows", seq_len=16, batch=4, **rest):
+        named = {key: {str(path): weight for path, weight in blend.items()} for key, blend in (stages or {}).items()}
+        train = {str(path): weight for path, weight in train.items()}
+        return SimpleNamespace(
+            train=schema.Train(seq_len=seq_len, global_batch_size=batch, **rest),
+            data=schema.Data(train=train, stages=named, packing=packing),
+        )
 
     return make
 

@@ -1,11 +1,16 @@
 """Batches are a function of the step, see every sample once an epoch, and pack documents without loss."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
+from mtx.config.schema import BatchRamp
 from mtx.data.batches import Batches, ValidationBatches
+from mtx.data.course import Course
+from mtx.data.entry import Entry
 from mtx.data.packing import plan
-from mtx.data.ramp import BatchSizes
+from mtx.data.samples import Sources
 from mtx.data.shuffle import permute
 from mtx.errors import UserError
 
@@ -24,13 +29,18 @@ def stream(store):
     return store.read_windows(np.array([0]), store.num_tokens)[0]
 
 
-def make(sources, *, seq_len=16, batch=4, seed=0, packing="windows"):
-    sizes = BatchSizes(global_batch_size=batch, seq_len=seq_len)
-    return Batches(sources, seq_len=seq_len, batch_sizes=sizes, seed=seed, packing=packing)
+@pytest.fixture
+def make(make_run):
+    def make(sources, **settings):
+        opened = Sources()
+        run = make_run({store.path: weight for store, weight in sources}, **settings)
+        return Batches(Course([Entry.of(run, opened, 0)]), opened)
+
+    return make
 
 
 @pytest.mark.parametrize("packing", ["windows", "documents"])
-def test_any_rows_of_any_step_in_any_order(store, other, packing):
+def test_any_rows_of_any_step_in_any_order(make, store, other, packing):
     batches = make([(store, 0.7), (other, 0.3)], packing=packing)
     whole = {step: batches.read(step) for step in range(40)}
     again = make([(store, 0.7), (other, 0.3)], packing=packing)
@@ -44,7 +54,7 @@ def test_any_rows_of_any_step_in_any_order(store, other, packing):
     assert {array.shape for array in whole[0].values()} == {(4, 17)}
 
 
-def test_an_epoch_is_every_window_once_in_an_order_of_its_own(store):
+def test_an_epoch_is_every_window_once_in_an_order_of_its_own(make, store):
     windows = (store.num_tokens - 1) // 16
     batches = make([(store, 1.0)], batch=1)
     expected = sorted(stream(store)[i * 16 : i * 16 + 17].tolist() for i in range(windows))
@@ -56,7 +66,7 @@ def test_an_epoch_is_every_window_once_in_an_order_of_its_own(store):
     assert [other_seed.read(i)["tokens"][0].tolist() for i in range(windows)] != epochs[0]
 
 
-def test_a_batch_may_straddle_epochs(store):
+def test_a_batch_may_straddle_epochs(make, store):
     windows = (store.num_tokens - 1) // 16
     single, large = make([(store, 1.0)], batch=1), make([(store, 1.0)], batch=2 * windows + 3)
     rows = large.read(1)["tokens"]
@@ -64,15 +74,16 @@ def test_a_batch_may_straddle_epochs(store):
         np.testing.assert_array_equal(rows[row], single.read(2 * windows + 3 + row)["tokens"][0])
 
 
-def test_sources_come_by_weight(store, other):
+def test_sources_come_by_weight(make, store, other):
     batches = make([(store, 3.0), (other, 1.0)], batch=8)
     known = {tuple(stream(other)[i * 16 : i * 16 + 17].tolist()) for i in range((other.num_tokens - 1) // 16)}
     drawn = np.array([sum(tuple(row) in known for row in batches.read(step)["tokens"].tolist()) for step in range(30)])
     assert (np.abs(np.cumsum(drawn) - 2 * np.arange(1, 31)) <= 1.5).all()
-    assert batches.source_counts(30).tolist() == [240 - drawn.sum(), drawn.sum()]
+    counts = [source["samples"] for source in batches.course.ledger(30)["sources"]]
+    assert counts == [240 - drawn.sum(), drawn.sum()]
 
 
-def test_the_order_of_a_seed_never_changes(store, other):
+def test_the_order_of_a_seed_never_changes(make, store, other):
     """A resumed run depends on it; the permutation itself is held in test_data_order.py."""
     batches = make([(store, 1.0), (other, 1.0)], batch=6, seed=42)
     rows = batches.read(2)["tokens"]
@@ -81,6 +92,27 @@ def test_the_order_of_a_seed_never_changes(store, other):
         assert windows > 9
         numbers = permute(np.array([6, 7, 8]), windows, f"42/{source}/0")
         np.testing.assert_array_equal(rows[first::2], name.read_windows(numbers * 16, 17))
+
+
+@pytest.mark.parametrize(
+    ("packing", "digest"),
+    [
+        ("windows", "6e0beb903b1b898a353a2a15b1e73f0cf2b6b20eb5cb665e66fee727ef6727f9"),
+        ("documents", "9407da6a449c70f77c8aa5126d3216114ee05fe6a4523977c7a82b6ada13e4b5"),
+    ],
+)
+def test_batches_never_change(make, write_store, packing, digest):
+    """Those of a run without stages are, bit for bit, what they were before there was a ledger."""
+    rng = np.random.default_rng(1)
+    sources = [(write_store(name, rng.integers(1, 60, count), seed), weight)
+               for name, count, seed, weight in [("a", 300, 1, 0.7), ("b", 100, 2, 0.3)]]  # fmt: skip
+    ramp = BatchRamp(start=4, increment=2, tokens=4000)
+    batches = make(sources, seed=42, batch=12, packing=packing, batch_ramp=ramp)
+    digests = hashlib.sha256()
+    for step in range(200):
+        for name, array in sorted(batches.read(step).items()):
+            digests.update(name.encode() + np.ascontiguousarray(array, "<i4").tobytes())
+    assert digests.hexdigest() == digest
 
 
 def unpack(batch):
@@ -114,7 +146,7 @@ def test_packing_makes_every_token_a_target_once(store, seq_len):
     assert sorted(piece.tolist() for piece in pieces) == sorted(map(list, np.array(expected, dtype=object)))
 
 
-def test_packed_batches_shuffle_the_rows(store):
+def test_packed_batches_shuffle_the_rows(make, store):
     batches = make([(store, 1.0)], seq_len=32, batch=1, packing="documents")
     rows = len(plan(store.document_ends, 32)[2])
     epochs = [[batches.read(e * rows + i)["tokens"][0].tolist() for i in range(rows)] for e in range(2)]
@@ -164,7 +196,7 @@ def test_a_validation_store_shorter_than_a_window(make_store):
     assert batches.read(0)["weights"].sum() == store.num_tokens - 1
 
 
-def test_a_store_too_short_to_train_on(make_store):
+def test_a_store_too_short_to_train_on(make, make_store):
     store = make_store(["ab"])
     with pytest.raises(UserError, match=r"tokens are too few for one window of Train\.seq_len \+ 1 = 101"):
         make([(store, 1.0)], seq_len=100)
