@@ -21,13 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_common_arguments(parser, reports=False)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of the run; default: runs/NAME of RUN.gin")
     text = "auto: from the newest checkpoint that verifies; never: a new run; STEP: from that checkpoint"
+    parser.add_argument("--resume", type=_resume, default="auto", metavar="auto|never|STEP", help=text)
+    text = "agree that this field, such as Train.seed, changes the math or the data of a run that goes on; repeatable"
+    parser.add_argument("--accept", action="append", default=[], metavar="KEY", help=text)
     text = "in the end, continue this text with the trained model; printed, and part of the report; repeatable"
     parser.add_argument("--sample", action="append", default=[], metavar="TEXT", help=text)
-    parser.add_argument("--resume", type=_resume, default="auto", metavar="auto|never|STEP", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     config = options.load_config(args)
+    from mtx.checkpoints.drift import check_keys
+
+    check_keys(args.accept)
     from mtx.mesh import start_process
 
     start_process()
@@ -37,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from mtx.training.loop import train
 
     run_dir = args.run_dir or Path("runs") / Path(args.config).stem
-    trained = train(config, run_dir, resume=args.resume, quiet=args.quiet)
+    trained = train(config, run_dir, resume=args.resume, accept=frozenset(args.accept), quiet=args.quiet)
     samples = _sample(trained, args.sample) if args.sample else []
     if jax.process_index() == 0:
         if samples:
@@ -52,13 +57,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sample(trained: Trained, prompts: list[str]) -> list[dict[str, Any]]:
+    """On every process: text from the weights of the last checkpoint."""
+    from mtx.checkpoints.run_directory import restore_params
     from mtx.inference.sampling import Sampling
     from mtx.inference.text import sample_text
 
     tokenizer = trained.directory.tokenizer()
     sampling = Sampling(temperature=0.8, top_k=40)  # a small model's unlikely tokens are noise
-    samples = sample_text(trained.setup, trained.state["params"], tokenizer, prompts, sampling=sampling)
-    step = int(trained.state["step"])
+    canonical = trained.setup.canonical
+    params, step = restore_params(trained.directory, canonical.abstract_state["params"])
+    params = canonical.load({"params": params})["params"]
+    samples = sample_text(trained.setup, params, tokenizer, prompts, sampling=sampling)
     return [
         {"step": step, "prompt": sample.prompt, "text": sample.text.removeprefix(sample.prompt)} for sample in samples
     ]

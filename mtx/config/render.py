@@ -119,21 +119,15 @@ def explain_text(entry: Mapping[str, Any]) -> str:
 
 
 def compare(old: schema.Run, new: schema.Run) -> list[Difference]:
-    """The fields in which two runs differ, in the order of the dump."""
+    """The fields in which two runs differ, in the order of the dump; those of components by themselves."""
     before, after = ({s.key: (s, v) for s, v in values(run)} for run in (old, new))
     differences = []
     for key, (setting, value) in {**after, **before}.items():
         other = after[key][1] if key in after else ABSENT
         value = value if key in before else ABSENT
-        if not _same(value, other):
+        if show(value) != show(other):  # as text: the order of a dict counts, and a component by its name alone
             differences.append(Difference(setting=setting, old=value, new=other))
     return differences
-
-
-def _same(old: Any, new: Any) -> bool:
-    if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
-        return type(old) is type(new)  # their fields are compared by themselves
-    return bool(old == new)
 
 
 def show(value: Any) -> str:

@@ -110,7 +110,7 @@ class Model:
     expert_bias_rate: float = setting(
         0.0, low=0.0, doc="step of the biases that balance experts without a loss (arXiv 2408.15664); 0: no biases"
     )
-    init_std: float = setting(0.02, low=0.0, drift=FREE, doc="std of the normal initializer of weights and embeddings")
+    init_std: float = setting(0.02, low=0.0, doc="std of the normal initializer of weights and embeddings")
 
     @property
     def kv_heads(self) -> int:
@@ -188,7 +188,9 @@ class Precision:
     """Number formats."""
 
     compute: Literal["float32", "bfloat16"] = setting("float32", doc="of matrix products and activations")
-    params: Literal["float32", "bfloat16"] = setting("float32", doc="of the weights that the optimizer updates")
+    params: Literal["float32", "bfloat16"] = setting(
+        "float32", drift=IMPOSSIBLE, doc="of the weights that the optimizer updates"
+    )
     gradients: Literal["float32", "bfloat16"] = setting("float32", doc="in which gradients are summed over devices")
 
 
@@ -239,7 +241,7 @@ class Train:
     )
     dropout: float = setting(0.0, low=0.0, high=0.999, doc="probability on the embeddings and both residual branches")
     objective: Objective | None = setting(None, doc="what is learned; None: @Causal()")
-    optimizer: Optimizer | None = setting(None, doc="None: @AdamW()")
+    optimizer: Optimizer | None = setting(None, drift=IMPOSSIBLE, doc="None: @AdamW()")
     offload_optimizer: bool = setting(
         False, drift=FREE, doc="between steps the optimizer's moments live in the memory of the host (slower, smaller)"
     )
@@ -279,7 +281,7 @@ class Tokenizer:
 
     path: str | None = setting(
         None,
-        drift=IMPOSSIBLE,
+        drift=FREE,
         doc="SentencePiece .model, tokenizer.json, or folder with encoder.json and vocab.bpe; "
         "None: the one that the first training store carries",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mtx.config.schema import Optimizer, Schedule, setting
+from mtx.config.schema import IMPOSSIBLE, Optimizer, Schedule, setting
 from mtx.optim.chain import Chain
 from mtx.optim.decay import stack_axes
 
@@ -34,7 +34,10 @@ class Adafactor(Chain, Optimizer):
         0.8, low=0.0, high=1.0, doc="c in 1 - t**-c, the decay rate of the second moments at update t"
     )
     min_dim_to_factor: int = setting(
-        128, low=1, doc="parameters whose second largest dim is smaller keep their second moments whole"
+        128,
+        low=1,
+        drift=IMPOSSIBLE,
+        doc="parameters whose second largest dim is smaller keep their second moments whole",
     )
 
     def rescale(self, axes: Any) -> optax.GradientTransformation:

@@ -49,13 +49,21 @@ class Trained:
     state: State
 
 
-def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = False) -> Trained:
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: str = "auto",
+    accept: frozenset[str] = frozenset(),
+    quiet: bool = False,
+) -> Trained:
     """Trains, or goes on where the run directory stands, until the last step.
 
     Args:
         config: The run.
         run_dir: Made where it does not exist.
         resume: `auto` (the newest checkpoint that verifies), `never`, or the number of a step.
+        accept: Keys whose change against the checkpoint's config is agreed to.
         quiet: Whether nothing is printed.
 
     Raises:
@@ -79,7 +87,14 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto", quiet: bool = 
             directory.checkpoints(keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
         )
         start = None if resume == "never" else choose_step(checkpoints, None if resume == "auto" else int(resume))
-        changes = directory.accept(config, start or 0) if is_primary else []
+        changes: list[str] = []
+        if is_primary:
+            meta = {} if start is None else checkpoints.meta(start)
+            drift = directory.check_resume(
+                config, step=start, meta=meta, accepted=accept, tokenizer_files=data.tokenizer_files
+            )
+            directory.record(config, start or 0)
+            changes = [*drift.free, *drift.accepted]
         if start is not None:
             checkpoints.set_aside_after(start)
         journal = Journal(directory.path, config_digest=digest_config(config), process=jax.process_index())

@@ -82,11 +82,21 @@ def test_more_mesh_than_devices(mistake):
 def test_run_directory_of_another_config(mistake, workplace, straight):
     before = (workplace.folder / straight / "config.gin").read_text()
     message = mistake("Train.seed = 5", "Model.d_model = 64", run_dir=workplace.folder / straight)
-    assert "is the directory of another run" in message
-    assert "Train.seed: 0 -> 5" in message
-    assert "Model.d_model: 32 -> 64" in message
-    assert "Give another --run-dir" in message
+    assert "cannot go on with this config" in message
+    assert "Train.seed: 0 -> 5 (changes the data, set at <command line>)" in message
+    assert "Model.d_model: 32 -> 64 (impossible, set at <command line>)" in message
+    assert "Start a new run with another --run-dir" in message
+    settings = ["Train.seed = 5", "AdamW.weight_decay = 0.2", "Mesh.data = 8"]
+    message = mistake(*settings, run_dir=workplace.folder / straight, options=["--accept", "Train.dropout"])
+    assert "add --accept Train.seed --accept AdamW.weight_decay If not," in message
     assert (workplace.folder / straight / "config.gin").read_text() == before
+
+
+def test_length_that_bends_the_schedule(mistake, workplace, straight):
+    settings = ["Train.steps = 30", "WarmupCosine.decay_steps = None"]
+    message = mistake(*settings, run_dir=workplace.folder / straight)
+    assert "WarmupCosine.decay_steps: 20 -> None (changes the math" in message
+    assert "add --accept Train.steps --accept WarmupCosine.decay_steps If not," in message
 
 
 def test_not_a_run_directory(mistake, tmp_path):
@@ -103,6 +113,7 @@ def test_corrupt_store(mistake, workplace, tmp_path):
     message = mistake(f"Data.train = {{'{tmp_path}/store': 1.0}}")
     assert f"{tmp_path}/store" in message
     assert "damaged" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]  # and no run directory
 
 
 def test_resume_of_what_is_not_there(mistake, workplace, straight, tmp_path):
