@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtx.checkpoints import manifest
 from mtx.config.statements import read_text
 from mtx.config.values import format_value
-from mtx.errors import UserError
+from mtx.errors import CheckpointError, UserError
 from mtx.health.goodput import Goodput, measure_goodput
+from mtx.health.interval import Advice, advise_interval
 from mtx.health.journal import read_journal
 from mtx.jsonl import read_records
 from mtx.reports.metrics import read_metrics, read_undone_metrics
@@ -33,8 +35,14 @@ class History:
     """Training lines of `metrics.jsonl`."""
     evaluations: dict[str, list[Record]]
     """Evaluation lines by the name of the validation set."""
+    undone: list[list[Record]]
+    """Training lines of each resume or rollback that undid some."""
     journal: list[Record]
     goodput: Goodput
+    advice: Advice | None
+    """How far apart checkpoints should be; None before one was saved."""
+    ledger: list[Record]
+    """Sources of the data up to the newest checkpoint: `store digest samples tokens epochs skipped_samples`."""
     config_text: str
     config: dict[str, str]
     """Key to value, as written: `Model.num_layers` to `12`."""
@@ -53,7 +61,7 @@ class History:
 
     def summarize(self) -> dict[str, Any]:
         """The key figures as JSON values; None where the run has not told them."""
-        last = self.training[-1] if self.training else {}
+        last, goodput = self.training[-1] if self.training else {}, self.goodput
         return {
             "name": self.name,
             "parameters": self.parameters,
@@ -65,12 +73,24 @@ class History:
             "tokens_per_second": _median(self.training, "tokens_per_second"),
             "model_tflops_per_device": _median(self.training, "model_tflops_per_device"),
             "mfu": _median(self.training, "mfu"),
-            "attempts": sum(event["event"] == "start" for event in self.journal),
-            "finished": bool(self.journal) and self.journal[-1]["event"] == "finished",
-            "goodput": self.goodput.fraction,
-            **dataclasses.asdict(self.goodput),
-            "other_seconds": self.goodput.other_seconds,
+            "attempts": len(goodput.attempts),
+            "finished": bool(goodput.attempts) and goodput.attempts[-1].ended == "finished",
+            "failures": goodput.num_failures,
+            "rollbacks": goodput.num_rollbacks,
+            "mtbf_seconds": goodput.mtbf_seconds,
+            "goodput": goodput.fraction,
+            **{name: value for name, value in dataclasses.asdict(goodput).items() if name.endswith("_seconds")},
+            "attempt_list": [dataclasses.asdict(attempt) for attempt in goodput.attempts],
+            "checkpoint_advice": self._summarize_advice(),
+            "data": self.ledger,
         }
+
+    def _summarize_advice(self) -> dict[str, Any] | None:
+        advice = self.advice
+        if advice is None:
+            return None
+        best = None if advice.best_seconds is None else advice.steps(advice.best_seconds)
+        return {**dataclasses.asdict(advice), "best_steps": best, "verdict": advice.verdict}
 
 
 def read_history(run_dir: Path) -> History:
@@ -89,18 +109,58 @@ def read_history(run_dir: Path) -> History:
             evaluations.setdefault(line["eval"], []).append(line)
     undone = [[line for line in batch if "eval" not in line] for batch in read_undone_metrics(run_dir)]
     journal = read_journal(run_dir)
+    goodput = measure_goodput(journal, training, undone)
     config_text = (run_dir / "config.gin").read_text(encoding="utf-8")
+    # Grammar only: the config of an old run may have keys that this version does not know.
+    config = {b.key: b.value for b in read_text(config_text, "config.gin").bindings}
     return History(
         name=run_dir.resolve().name,
         training=training,
         evaluations=evaluations,
         journal=journal,
-        goodput=measure_goodput(journal, training, undone),
+        undone=undone,
+        goodput=goodput,
+        advice=_advise(journal, training, goodput, config.get("Checkpoint.every_steps")),
+        ledger=_read_ledger(run_dir),
         config_text=config_text,
-        # Grammar only: the config of an old run may have keys that this version does not know.
-        config={b.key: format_value(b.value) for b in read_text(config_text, "config.gin").bindings},
+        config={key: format_value(value) for key, value in config.items()},
         samples=read_records(run_dir / "samples.jsonl"),
     )
+
+
+def _advise(journal: Sequence[Record], training: Sequence[Record], goodput: Goodput, every_steps: Any) -> Advice | None:
+    """The advice on checkpoints from what was measured: medians, as the first save of an attempt compiles."""
+
+    def median(event: str) -> float | None:
+        seconds = [
+            entry["seconds"] for entry in journal if entry["event"] == event and entry.get("seconds") is not None
+        ]
+        return statistics.median(seconds) if seconds else None
+
+    save_seconds, step_seconds = median("saved"), _median(training, "step_seconds")
+    if save_seconds is None or not step_seconds or not goodput.up_seconds:
+        return None
+    return advise_interval(
+        save_seconds=save_seconds,
+        stored_seconds=median("stored") or 0.0,
+        step_seconds=step_seconds,
+        up_seconds=goodput.up_seconds,
+        num_failures=goodput.num_failures + goodput.num_rollbacks,
+        every_steps=every_steps if isinstance(every_steps, int) else None,
+    )
+
+
+def _read_ledger(run_dir: Path) -> list[Record]:
+    """The sources in the newest checkpoint that tells of them; damage is for `mtx checkpoint verify` to tell."""
+    steps = sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdecimal())
+    for step in reversed(steps):
+        try:
+            ledger = manifest.read(run_dir / "checkpoints" / str(step)).meta.get("ledger")
+        except CheckpointError:
+            continue
+        if ledger:
+            return list(ledger["sources"])
+    return []
 
 
 def find_differences(histories: Sequence[History]) -> dict[str, list[str]]:

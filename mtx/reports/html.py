@@ -1,6 +1,7 @@
 """The report of one run, or of several compared: one HTML file without scripts, fonts or anything else to load.
 
-Decides what the page says and in which order; `svg` draws, `page` has the style sheet, `history` knows the numbers.
+Decides the order of the page, and what it says of the run as such; `survival` and `incidents` say how it went through
+its failures, `svg` draws, `page` has the style sheet, `history` knows the numbers.
 
 Invariant: every text that comes from a run directory is escaped.
 """
@@ -8,20 +9,20 @@ Invariant: every text that comes from a run directory is escaped.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from mtx.reports.elements import draw_legend, draw_table, fold, format_time, plural, show
 from mtx.reports.history import History, Record, find_differences, points, read_history
+from mtx.reports.incidents import draw_journal
 from mtx.reports.page import STYLE
-from mtx.reports.svg import NUM_COLORS, Series, draw_bar, draw_chart
+from mtx.reports.survival import draw_survival
+from mtx.reports.svg import NUM_COLORS, Mark, Series, draw_chart
 from mtx.reports.units import format_count, format_duration
 
-_UNKNOWN = "\N{EN DASH}"
 _LOSS, _SHORT = "{:.4f}".format, "{:.4g}".format
 _WIDE, _NARROW = (1080, 340), (530, 230)
 
@@ -52,13 +53,13 @@ def render_report(histories: Sequence[History]) -> str:
         _draw_curves(histories),
     ]
     if single:
-        parts += [_draw_validation(histories[0]), _draw_time(histories[0])]
+        parts += [_draw_validation(histories[0]), draw_survival(histories[0])]
     for history in histories:
-        parts += [_draw_incidents(history, named=not single), _draw_samples(history, named=not single)]
+        parts += [draw_journal(history.journal, "Journal" if single else f"Journal of {history.name}")]
+        parts += [_draw_samples(history, named=not single)]
     for history in histories:
         name = "" if single else f" of {history.name}"
-        parts.append(f"<details><summary>Resolved config{escape(name)}</summary>")
-        parts.append(f"<pre>{escape(history.config_text)}</pre></details>")
+        parts.append(fold(f"Resolved config{name}", f"<pre>{escape(history.config_text)}</pre>"))
     return "".join(parts) + "</main></body></html>\n"
 
 
@@ -76,7 +77,7 @@ def _subtitle(histories: Sequence[History]) -> str:
     if start.get("git_revision"):
         said.append(f"revision {start['git_revision'][:10]}")
     if history.journal:
-        said.append(f"started {_format_time(history.journal[0]['time'])}")
+        said.append(f"started {format_time(history.journal[0]['time'])}")
     return " \N{MIDDLE DOT} ".join(part for part in said if part)
 
 
@@ -90,25 +91,25 @@ def describe_model(history: History) -> str:
 def _draw_facts(history: History) -> str:
     figures = history.summarize()
     facts = [
-        ("parameters", _show(figures["parameters"], format_count), ""),
-        ("tokens", _show(figures["tokens"], format_count), f"{figures['step']:,} steps"),
-        ("training loss", _show(figures["loss"], _LOSS), "latest"),
+        ("parameters", show(figures["parameters"], format_count), ""),
+        ("tokens", show(figures["tokens"], format_count), f"{figures['step']:,} steps"),
+        ("training loss", show(figures["loss"], _LOSS), "latest"),
     ]
     for name, loss in figures["validation"].items():
         best = figures["best_validation"][name]
-        facts.append((f"{name} loss", _show(loss, _LOSS), f"best {_show(best, _LOSS)}"))
+        facts.append((f"{name} loss", show(loss, _LOSS), f"best {show(best, _LOSS)}"))
     mfu = f"MFU {figures['mfu']:.1%}" if figures["mfu"] is not None else "median"
     facts += [
-        ("tokens / s", _show(figures["tokens_per_second"], format_count), mfu),
+        ("tokens / s", show(figures["tokens_per_second"], format_count), mfu),
         (
             "wall time",
-            _show(figures["wall_seconds"] or None, format_duration),
+            show(figures["wall_seconds"] or None, format_duration),
             "finished" if figures["finished"] else "not finished",
         ),
         (
             "goodput",
-            _show(figures["goodput"], "{:.1%}".format),
-            f"{figures['attempts']} attempt{'s' if figures['attempts'] != 1 else ''}",
+            show(figures["goodput"], "{:.1%}".format),
+            plural(figures["attempts"], "attempt"),
         ),
     ]
     cells = (
@@ -122,26 +123,26 @@ def _draw_comparison(histories: Sequence[History]) -> str:
     figures = [history.summarize() for history in histories]
     sets = list(dict.fromkeys(name for history in histories for name in history.evaluations))
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("parameters", lambda f: _show(f["parameters"], format_count)),
+        ("parameters", lambda f: show(f["parameters"], format_count)),
         ("step", lambda f: f"{f['step']:,}"),
-        ("tokens", lambda f: _show(f["tokens"], format_count)),
-        ("training loss", lambda f: _show(f["loss"], _LOSS)),
-        *((f"{name} loss", lambda f, name=name: _show(f["validation"].get(name), _LOSS)) for name in sets),
-        ("tokens / s", lambda f: _show(f["tokens_per_second"], format_count)),
-        ("MFU", lambda f: _show(f["mfu"], "{:.1%}".format)),
-        ("wall time", lambda f: _show(f["wall_seconds"] or None, format_duration)),
-        ("goodput", lambda f: _show(f["goodput"], "{:.1%}".format)),
+        ("tokens", lambda f: show(f["tokens"], format_count)),
+        ("training loss", lambda f: show(f["loss"], _LOSS)),
+        *((f"{name} loss", lambda f, name=name: show(f["validation"].get(name), _LOSS)) for name in sets),
+        ("tokens / s", lambda f: show(f["tokens_per_second"], format_count)),
+        ("MFU", lambda f: show(f["mfu"], "{:.1%}".format)),
+        ("wall time", lambda f: show(f["wall_seconds"] or None, format_duration)),
+        ("goodput", lambda f: show(f["goodput"], "{:.1%}".format)),
     ]
     rows = []
     for index, entry in enumerate(figures):
         name = f'<i class="swatch s{index % NUM_COLORS}"></i>{escape(entry["name"])}'
         rows.append([name, *(escape(show(entry)) for _, show in columns)])
-    parts = [_draw_table(["run", *(name for name, _ in columns)], rows, "numbers")]
+    parts = [draw_table(["run", *(name for name, _ in columns)], rows, "numbers")]
     differences = find_differences(histories)
     if differences:
         rows = [[f"<code>{escape(key)}</code>", *map(escape, values)] for key, values in differences.items()]
         parts.append("<h2>What differs in the config</h2>")
-        parts.append(_draw_table(["key", *(history.name for history in histories)], rows, ""))
+        parts.append(draw_table(["key", *(history.name for history in histories)], rows, ""))
     return "".join(parts)
 
 
@@ -164,10 +165,12 @@ def _draw_curves(histories: Sequence[History]) -> str:
         losses = [dataclasses.replace(losses[0], label="training")]
         for number, (name, (curve,)) in enumerate(zip(sets, validation)):
             losses.append(dataclasses.replace(curve, label=name, color=1 + number))
+        losses += [Series(label="", points=points(lines, "loss"), color=6, faint=True) for lines in histories[0].undone]
     else:
         for name, curves in zip(sets, validation):
             charts.append(_draw_figure(f"{name} loss", curves, _NARROW, format_y=_SHORT))
-    charts.insert(0, _draw_figure("Loss, nats per token", losses, _WIDE, clip_quantile=0.97, format_y=_SHORT))
+    options = {"clip_quantile": 0.97, "format_y": _SHORT, "marks": _find_marks(histories[0]) if single else []}
+    charts.insert(0, _draw_figure("Loss, nats per token", losses, _WIDE, **options))
     for title, key, smooth, quantile, format_y in _SMALL_CHARTS:
         curves = gather(training, key, smooth=smooth)
         if any(curve.points for curve in curves):
@@ -178,10 +181,25 @@ def _draw_curves(histories: Sequence[History]) -> str:
 
 def _draw_figure(title: str, curves: Sequence[Series], size: tuple[int, int], **options: Any) -> str:
     width, height = size
-    legend = _draw_legend(curves) if size == _WIDE else ""
+    legend = ""
+    if size == _WIDE:
+        drawn = [curve for curve in curves if curve.points and curve.label]
+        entries = [(f"s{curve.color % NUM_COLORS}{' ring' if curve.dashed else ''}", curve.label) for curve in drawn]
+        marks = {mark.name: mark.label.split(" ")[0] for mark in options.get("marks", ())}
+        legend = draw_legend([*entries, *((f"stroke {name}", label) for name, label in marks.items())])
     chart = draw_chart(title, curves, width=width, height=height, **options)
     name = "wide" if size == _WIDE else "narrow"
     return f'<figure class="{name}"><figcaption>{escape(title)}</figcaption>{legend}{chart}</figure>'
+
+
+def _find_marks(history: History) -> list[Mark]:
+    """Where a run went back or on: in the journal, and in the chart of the loss."""
+    marks = []
+    for event in history.journal:
+        step = event.get("from_step" if event["event"] == "rollback" else "step")
+        if event["event"] in ("resumed", "spike", "rollback") and step is not None:
+            marks.append(Mark(x=step, label=f"{event['event']} at {step:,}", name=event["event"]))
+    return marks
 
 
 def _format_milliseconds(seconds: float) -> str:
@@ -197,15 +215,6 @@ _SMALL_CHARTS: list[tuple[str, str, bool, float, Callable[[float], str]]] = [
 ]
 
 
-def _draw_legend(series: Sequence[Series]) -> str:
-    entries = []
-    for curve in series:
-        if curve.points:
-            swatch = f'<i class="swatch s{curve.color % NUM_COLORS}{" ring" if curve.dashed else ""}"></i>'
-            entries.append(f"<li>{swatch}{escape(curve.label)}</li>")
-    return f'<ul class="legend">{"".join(entries)}</ul>'
-
-
 def _draw_validation(history: History) -> str:
     if not history.evaluations:
         return ""
@@ -218,56 +227,13 @@ def _draw_validation(history: History) -> str:
         row = [f"{step:,}"]
         for name in names:
             loss = by_step[name].get(step)
-            text = escape(_show(loss, _LOSS))
+            text = escape(show(loss, _LOSS))
             row.append(f"<b>{text}</b>" if loss is not None and loss == best[name] else text)
         rows.append(row)
-    table = _draw_table(["step", *names], rows, "numbers")
+    table = draw_table(["step", *names], rows, "numbers")
     if len(rows) > 12:
-        table = f"<details><summary>All {len(rows)} evaluations</summary>{table}</details>"
+        table = fold(f"All {len(rows)} evaluations", table)
     return f"<h2>Validation</h2>{table}"
-
-
-def _draw_time(history: History) -> str:
-    goodput = history.goodput
-    if not goodput.wall_seconds:
-        return ""
-    segments = [
-        (name, seconds, color)
-        for name, seconds, color in [
-            ("training", goodput.productive_seconds, "t0"),
-            ("compiling", goodput.compile_seconds, "t1"),
-            ("saving", goodput.save_seconds, "t2"),
-            ("lost work", goodput.lost_seconds, "t3"),
-            ("other", goodput.other_seconds, "t4"),
-        ]
-        if seconds > 0
-    ]
-    labelled = [
-        (f"{name} {format_duration(seconds)} ({seconds / goodput.wall_seconds:.1%})", seconds, color)
-        for name, seconds, color in segments
-    ]
-    legend = "".join(f'<li><i class="swatch {color}"></i>{escape(label)}</li>' for label, _, color in labelled)
-    return f'<h2>Where the time went</h2>{draw_bar(labelled)}<ul class="legend">{legend}</ul>'
-
-
-_ORIGIN = {"event", "time", "time_utc", "host", "process", "config_digest", "git_revision"}
-
-
-def _draw_incidents(history: History, *, named: bool) -> str:
-    """The journal without the checkpoints that were saved as they should, which are counted."""
-    saved = [event for event in history.journal if event["event"] == "saved"]
-    rows = []
-    for event in history.journal:
-        if event["event"] != "saved":
-            fields = ", ".join(f"{k} {_show_field(v)}" for k, v in event.items() if k not in _ORIGIN)
-            mark = f'<span class="event {escape(event["event"])}">{escape(event["event"])}</span>'
-            rows.append([escape(_format_time(event["time"])), mark, escape(str(event["host"])), escape(fields)])
-    if not rows:
-        return ""
-    heading = f"Journal of {history.name}" if named else "Journal"
-    note = f"{len(saved)} checkpoint{'s' if len(saved) != 1 else ''} saved" if saved else "No checkpoint saved yet"
-    table = _draw_table(["time (UTC)", "event", "host", "what"], rows, "journal")
-    return f"<h2>{escape(heading)}</h2>{table}<p class=note>{escape(note)}.</p>"
 
 
 def _draw_samples(history: History, *, named: bool) -> str:
@@ -282,26 +248,3 @@ def _draw_samples(history: History, *, named: bool) -> str:
             f"{step}</blockquote>"
         )
     return f"<h2>{escape(heading)}</h2>{''.join(quotes)}"
-
-
-def _draw_table(head: Iterable[str], rows: Iterable[Sequence[str]], name: str) -> str:
-    """A table of cells that are HTML already, under headings that are text."""
-    top = "".join(f"<th>{escape(text)}</th>" for text in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{name}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _show(value: float | None, format_value: Callable[[float], str]) -> str:
-    return _UNKNOWN if value is None else format_value(value)
-
-
-def _show_field(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{key} {_show_field(item)}" for key, item in value.items())
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _format_time(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")

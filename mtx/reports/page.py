@@ -3,10 +3,12 @@
 STYLE = """
 :root { color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --text: #1b1f26; --soft: #667085; --line: #e3e6eb; --good: #1a7f4b; --bad: #c2332b;
+  --warn: #a86200;
   --c0: #2f6fde; --c1: #e0772b; --c2: #1f9d6b; --c3: #b14ec4; --c4: #c9a017;
   --c5: #d6456b; --c6: #1d9bb0; --c7: #7a6a58; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #0f1217; --card: #171b22; --text: #e6e9ee; --soft: #98a2b3; --line: #2a303a; --good: #4cc38a; --bad: #ff7a70;
+  --warn: #f0b35a;
   --c0: #6ea1ff; --c1: #ff9d57; --c2: #4cc38a; --c3: #d28ae2; --c4: #e8c547;
   --c5: #ff7d9d; --c6: #5ccbdd; --c7: #b8a690; } }
 * { box-sizing: border-box; }
@@ -41,8 +43,12 @@ figcaption { color: var(--soft); font-size: 13px; }
 .s2 { stroke: var(--c2); --own: var(--c2); } .s3 { stroke: var(--c3); --own: var(--c3); }
 .s4 { stroke: var(--c4); --own: var(--c4); } .s5 { stroke: var(--c5); --own: var(--c5); }
 .s6 { stroke: var(--c6); --own: var(--c6); } .s7 { stroke: var(--c7); --own: var(--c7); }
-.t0 { --own: var(--c2); } .t1 { --own: var(--c0); } .t2 { --own: var(--c6); } .t3 { --own: var(--bad); }
-.t4 { --own: var(--line); }
+.t0 { --own: var(--c2); } .t1 { --own: var(--c4); } .t2 { --own: var(--c6); } .t3 { --own: var(--c3); }
+.t4 { --own: var(--c0); } .t5 { --own: var(--c1); } .t6 { --own: var(--bad); } .t7 { --own: var(--c5); }
+.t8 { --own: var(--soft); } .t9 { --own: var(--line); }
+.mark { stroke: var(--own); stroke-dasharray: 2 3; } .resumed { --own: var(--soft); }
+.mark.spike, .swatch.spike { --own: var(--bad); } .mark.rollback, .swatch.rollback { --own: var(--c1); }
+.swatch.stroke { width: 3px; border: 0; border-radius: 0; height: 13px; vertical-align: -2px; }
 .bar { display: block; width: 100%; height: 22px; border-radius: 6px; } .bar rect { fill: var(--own); }
 .dot { fill: var(--card); stroke-width: 1.8; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px;
@@ -60,7 +66,13 @@ tbody tr:last-child td { border-bottom: 0; }
 .journal td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; color: var(--soft); }
 .journal td:last-child { overflow-wrap: anywhere; }
 .event { font-weight: 600; } .event.finished { color: var(--good); }
-.event.spike, .event.rollback, .event.hang, .event.preempted { color: var(--bad); }
+.event.spike, .event.rollback, .event.hang, .event.corruption, .event.save_failed, .event.killed, .event.diverged {
+  color: var(--bad); }
+.event.skipped, .event.straggler, .event.preempted, .event.accepted { color: var(--warn); }
+.advice { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--own);
+  border-radius: 10px; padding: 11px 16px; margin: 14px 0 0; }
+.advice.good { --own: var(--good); } .advice.bad { --own: var(--warn); }
+.attempts { font-variant-numeric: tabular-nums; } .attempts td:first-child { color: var(--soft); }
 blockquote { margin: 0 0 10px; padding: 14px 18px; white-space: pre-wrap; overflow-wrap: anywhere;
   font-family: Georgia, "Iowan Old Style", "Times New Roman", serif; font-size: 16px; }
 blockquote footer { color: var(--soft); font: 12.5px system-ui, sans-serif; margin-top: 6px; }

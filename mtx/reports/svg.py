@@ -35,6 +35,18 @@ class Series:
     """Dashed with a dot at each point, for values measured now and then."""
     smooth: bool = False
     """Drawn faintly, with its moving average over it."""
+    faint: bool = False
+    """Drawn faintly alone and not shown under the pointer, for what was undone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """Something that happened at a step: a vertical line in a chart."""
+
+    x: float
+    label: str
+    name: str
+    """Class in the page's style sheet."""
 
 
 def draw_chart(
@@ -46,6 +58,7 @@ def draw_chart(
     from_zero: bool = False,
     clip_quantile: float = 1.0,
     format_y: Callable[[float], str] = format_count,
+    marks: Sequence[Mark] = (),
 ) -> str:
     """A line chart over steps.
 
@@ -57,6 +70,7 @@ def draw_chart(
         from_zero: Whether the y axis begins at 0.
         clip_quantile: Share of the values that the y axis must reach; curves leave through the top beyond.
         format_y: From a value to its text under the pointer and on the axis.
+        marks: What happened at steps; those outside of the curves are left out.
     """
     series = [curve for curve in series if curve.points]
     if not series:
@@ -89,10 +103,14 @@ def draw_chart(
     left, top, across, down = plot.left - 5, plot.top - 5, plot.right - plot.left + 10, plot.bottom - plot.top + 10
     view = f"{left} {top} {across} {down}"
     parts.append(f'<svg x="{left}" y="{top}" width="{across}" height="{down}" viewBox="{view}">')
+    for mark in marks:
+        if plot.x_low <= mark.x <= plot.x_high:
+            ends = f'x1="{plot.x(mark.x)}" x2="{plot.x(mark.x)}" y1="{plot.top}" y2="{plot.bottom}"'
+            parts.append(f'<line class="mark {mark.name}" {ends}/>')
     for curve in series:
         parts.extend(_draw_curve(curve, plot))
     parts.append("</svg>")
-    parts.extend(_draw_columns(series, plot, format_y))
+    parts.extend(_draw_columns([curve for curve in series if not curve.faint], plot, format_y, marks))
     parts.append("</svg>")
     return "".join(parts)
 
@@ -177,6 +195,8 @@ def _draw_curve(curve: Series, plot: _Plot) -> list[str]:
         places = "L".join(f"{plot.x(x)} {plot.y(y)}" for x, y in thin(points))
         return f'<path class="{name} {color}" d="M{places}"/>'
 
+    if curve.faint:
+        return [path(curve.points, "line faint")]
     if curve.smooth and len(curve.points) > 100:
         return [path(curve.points, "line faint"), path(smooth(curve.points), "line")]
     parts = [path(curve.points, "line dashed" if curve.dashed else "line")]
@@ -185,10 +205,12 @@ def _draw_curve(curve: Series, plot: _Plot) -> list[str]:
     return parts
 
 
-def _draw_columns(series: Sequence[Series], plot: _Plot, format_y: Callable[[float], str]) -> list[str]:
-    """Invisible columns that show the values at their step while the pointer is over them."""
+def _draw_columns(
+    series: Sequence[Series], plot: _Plot, format_y: Callable[[float], str], marks: Sequence[Mark]
+) -> list[str]:
+    """Invisible columns that show the values at their step while the pointer is over them, and what happened there."""
     steps = sorted({x for curve in series for x, _ in curve.points})
-    steps = steps[:: math.ceil(len(steps) / _MAX_COLUMNS)]
+    steps = steps[:: math.ceil(len(steps) / _MAX_COLUMNS) or 1]
     edges = [plot.left, *((plot.x(a) + plot.x(b)) / 2 for a, b in itertools.pairwise(steps)), plot.right]
     parts = []
     for index, step in enumerate(steps):
@@ -202,6 +224,7 @@ def _draw_columns(series: Sequence[Series], plot: _Plot, format_y: Callable[[flo
             near, y = plot.x(near_step), plot.y(value)
             if y >= plot.top - 5:
                 dots.append(f'<circle class="dot s{curve.color % NUM_COLORS}" cx="{near}" cy="{y}" r="3.5"/>')
+        texts += [mark.label for mark in marks if left <= plot.x(mark.x) < right][:3]
         text = escape("   ".join(texts))
         shape = f'x="{left:.1f}" y="{plot.top}" width="{right - left:.1f}"'
         parts.append(
