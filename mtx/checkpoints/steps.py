@@ -2,19 +2,22 @@
 
 Decides names and retention, without JAX or Orbax. It never judges content: that is the manifest's.
 
-    STEP.saving*   being written; of a killed process where no save is under way
-    STEP           complete: its manifest was on the disk before it got this name
-    STEP.bad-N     did not verify; kept for whoever wants to look or repair, never read again
-    STEP.deleting  beyond the retention
+    STEP.saving*       being written; of a killed process where no save is under way
+    STEP               complete: its manifest was on the disk before it got this name
+    STEP.bad-N         did not verify; kept for whoever wants to look or repair, never read again
+    STEP.superseded-N  newer than a step that the run went back to; kept
+    STEP.deleting      beyond the retention
 
 Invariant: only complete steps are ever named `STEP`, and a complete one is only deleted when a newer one is complete.
 """
 
 from __future__ import annotations
 
-import os
+import math
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mtx.checkpoints import manifest
@@ -25,6 +28,19 @@ NAME = "checkpoints"
 
 _SAVING = ".saving"
 _DELETING = ".deleting"
+_TRACE = re.compile(r"\d+\.(deleting|(bad|superseded)-\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which complete steps stay; what was set aside always does."""
+
+    keep_last: int | None = None
+    """Number of the newest; None: all."""
+    keep_every: int | None = None
+    """Multiples of this one; None: none of them."""
+    keep_best: str | None = None
+    """Name of a validation set: the best step on it (`find_best`)."""
 
 
 def saving_dir(directory: Path, step: int) -> Path:
@@ -32,14 +48,15 @@ def saving_dir(directory: Path, step: int) -> Path:
     return directory / f"{step}{_SAVING}"
 
 
+def digests_dir(directory: Path, step: int) -> Path:
+    """Where the processes put the digests of a step until they are all there (`mtx.checkpoints.parts`)."""
+    return directory / f"{step}{_SAVING}.digests"
+
+
 def publish(directory: Path, step: int) -> None:
     """Gives a complete step its name, through to the disk."""
     saving_dir(directory, step).rename(directory / str(step))
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    manifest.flush_directory(directory)
 
 
 def list_steps(directory: Path) -> list[int]:
@@ -58,45 +75,45 @@ def set_aside(directory: Path, step: int, *, reason: str) -> Path:
     return target
 
 
-def find_newest_verified(directory: Path, *, report: Callable[[str], None], set_bad_aside: bool) -> int | None:
-    """The newest step that verifies, or None where nothing was ever saved.
+def list_traces(directory: Path) -> list[str]:
+    """What is left of steps that were complete once and have no name any more: set aside, or being deleted.
 
-    Args:
-        directory: The run's `checkpoints/`.
-        report: Called with a line for each problem of a step that is passed over, and for what became of it.
-        set_bad_aside: Whether a step that does not verify is renamed to `STEP.bad-N`.
-
-    Raises:
-        CheckpointError: Steps exist, or were set aside as bad, and none verifies.
+    A save that was killed leaves `STEP.saving*` and is no such trace: where there is nothing else, nothing was lost.
     """
-    found = list_steps(directory)
-    for step in reversed(found):
-        problems = manifest.verify(directory / str(step))
-        if not problems:
-            return step
-        for problem in problems:
-            report(f"checkpoint {step} does not verify: {problem}")
-        if set_bad_aside:
-            try:
-                report(f"checkpoint {step} is set aside as {set_aside(directory, step, reason='bad')}")
-            except OSError as error:
-                report(f"checkpoint {step} cannot be set aside: {error}")
-    if not found and not any(directory.glob("*.bad-*")):
-        return None
-    raise CheckpointError(
-        f"{directory}: no checkpoint verifies, so there is nothing to go on from. Bad ones are kept (STEP.bad-N): put "
-        "a good copy back as STEP, or start again in a new run directory"
-    )
+    if not directory.is_dir():
+        return []
+    names = (path.name for path in directory.iterdir() if path.is_dir())
+    return sorted(name for name in names if _TRACE.fullmatch(name))
 
 
-def delete_old_steps(directory: Path, *, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Deletes the steps that are neither among the newest `keep_last` nor multiples of `keep_every`.
+def set_bad_aside(directory: Path, step: int, report: Callable[[str], None]) -> None:
+    """Renames a step that does not verify to `STEP.bad-N`, or says why it cannot be."""
+    try:
+        report(f"checkpoint {step} is set aside as {set_aside(directory, step, reason='bad')}")
+    except OSError as error:
+        report(f"checkpoint {step} cannot be set aside: {error}")
 
-    To be called when a step was just published. Returns the steps deleted.
-    """
+
+def find_best(directory: Path, name: str) -> int | None:
+    """The complete step with the least loss on a validation set, the older of equals; None where none was measured."""
+    losses = {}
+    for step in list_steps(directory):
+        try:
+            loss = manifest.read(directory / str(step)).meta.get("validation", {}).get(name)
+        except CheckpointError:
+            continue  # it can be restored by nobody, so it is not the best
+        if loss is not None and math.isfinite(loss):
+            losses[step] = loss
+    return min(losses, key=lambda step: (losses[step], step), default=None)
+
+
+def delete_old_steps(directory: Path, retention: Retention) -> list[int]:
+    """Deletes the steps that the retention does not keep, and returns them. For when a step was just published."""
     complete = [step for step in list_steps(directory) if (directory / str(step) / manifest.NAME).exists()]
-    old = [] if keep_last is None else complete[:-keep_last]
-    deleted = [step for step in old if keep_every is None or step % keep_every]
+    old = [] if retention.keep_last is None else complete[: -retention.keep_last]
+    best = find_best(directory, retention.keep_best) if retention.keep_best is not None and old else None
+    every = retention.keep_every
+    deleted = [step for step in old if step != best and (every is None or step % every)]
     for step in deleted:
         # Renamed first: a kill in the middle leaves nothing that could be taken for a step.
         (directory / str(step)).rename(directory / f"{step}{_DELETING}")
@@ -105,7 +122,12 @@ def delete_old_steps(directory: Path, *, keep_last: int | None, keep_every: int 
     return deleted
 
 
+def list_dead_saves(directory: Path) -> list[Path]:
+    """What killed and failed saves left, where no save is under way."""
+    return sorted(directory.glob(f"*{_SAVING}*"))
+
+
 def delete_dead_saves(directory: Path) -> None:
-    """Deletes what killed processes left of saves that were never complete. Not while a save is under way."""
-    for path in directory.glob(f"*{_SAVING}*"):
+    """Deletes what killed and failed saves left. Not while a save is under way."""
+    for path in list_dead_saves(directory):
         shutil.rmtree(path)

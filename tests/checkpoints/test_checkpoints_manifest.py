@@ -19,7 +19,9 @@ def step_dir(tmp_path: Path) -> Path:
     (path / "params" / "index").write_bytes(b"index")
     (path / "commit").write_bytes(b"")
     arrays = {"params/w": manifest.ArrayEntry(shape=(4, 5), dtype="float32")}
-    manifest.write(path, step=20, meta={"tokens": 5120, "mesh": {"data": 2}, "loss": 0.1}, arrays=arrays)
+    files = manifest.digest_files(path, manifest.list_files(path))
+    meta = {"tokens": 5120, "mesh": {"data": 2}, "loss": 0.1}
+    manifest.write(path, step=20, meta=meta, arrays=arrays, files=files)
     return path
 
 
@@ -32,19 +34,39 @@ def test_manifest_reads_back(step_dir: Path) -> None:
     assert read.size_bytes == 256 * 40 + 5
 
 
-def test_no_flipped_bit_goes_unnoticed(step_dir: Path) -> None:
-    chance = random.Random(0)
-    files = [path for path in step_dir.rglob("*") if path.is_file() and path.stat().st_size]
-    assert len(files) == 3
-    for _ in range(300):
-        path = chance.choice(files)
-        whole = path.read_bytes()
-        changed = bytearray(whole)
-        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
-        path.write_bytes(changed)
-        assert manifest.verify(step_dir), f"{path} changed unnoticed"
-        path.write_bytes(whole)
-    assert manifest.verify(step_dir) == []
+def test_files_that_nobody_digested_are_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"abc")
+    files = manifest.digest_files(tmp_path, ["a"])
+    with pytest.raises(OSError, match="other files than those that were digested"):
+        manifest.write(tmp_path, step=1, meta={}, arrays={}, files=files)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_shares_are_whole_balanced_and_the_same_everywhere() -> None:
+    chance = random.Random(3)
+    sizes_bytes = {f"file{i}": chance.choice([0, 10, 5000, chance.randrange(100_000)]) for i in range(300)}
+    for num_processes in (1, 2, 7, 280, 400):
+        shares = manifest.divide(sizes_bytes, num_processes)
+        assert len(shares) == num_processes
+        assert sorted(name for share in shares for name in share) == sorted(sizes_bytes)
+        assert shares == manifest.divide(dict(reversed(sizes_bytes.items())), num_processes)
+        loads = [sum(sizes_bytes[name] for name in share) for share in shares]
+        assert max(loads) - min(loads) <= max(sizes_bytes.values())
+        if num_processes <= 7:
+            assert max(loads) <= 1.02 * sum(loads) / num_processes
+
+
+def test_processes_find_together_what_is_wrong(step_dir: Path) -> None:
+    def verify() -> list[list[str]]:
+        return [manifest.verify(step_dir, process=i, num_processes=3) for i in range(3)]
+
+    assert verify() == [[], [], []]
+    for name in ("params/d/data", "params/index", "commit"):
+        (step_dir / name).write_bytes(b"other")
+    found = verify()
+    assert [len(problems) for problems in found] == [1, 1, 1]
+    assert sorted(line for problems in found for line in problems) == sorted(manifest.verify(step_dir))
 
 
 def test_every_kind_of_damage_is_named(step_dir: Path) -> None:

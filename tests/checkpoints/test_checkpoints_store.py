@@ -1,5 +1,8 @@
 """Saving and restoring real sharded states through Orbax, with everything that can go wrong around it."""
 
+import errno
+import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtx.checkpoints import manifest
+from mtx.checkpoints import disk, manifest, steps, store
 from mtx.checkpoints.store import Checkpoints
 from mtx.errors import CheckpointError, UserError
 
@@ -145,21 +148,169 @@ def test_what_a_killed_process_left_is_no_checkpoint(tmp_path: Path, state: dict
         assert not [name for name in manifest.read(tmp_path / "3").files if "rest" in name]
 
 
-def test_an_error_of_the_thread_is_raised(tmp_path: Path, state: dict[str, Any], monkeypatch: Any) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError("disk full")
+class Told:
+    """What a run is told of its saves."""
 
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {})
+    def __init__(self) -> None:
+        self.stored: list[tuple[int, float, int]] = []
+        self.failed: list[tuple[int, str]] = []
+        self.lines: list[str] = []
+        self.options: dict[str, Any] = {
+            "report": self.lines.append,
+            "on_stored": lambda *event: self.stored.append(event),
+            "on_failed": lambda *event: self.failed.append(event),
+        }
+
+
+def fail(error: Exception) -> Any:
+    def raise_error(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return raise_error
+
+
+@pytest.mark.parametrize("place", ["manifest.write", "manifest.digest_files", "steps.publish", "orbax", "reach"])
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "[Errno 5] Input/output error"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing [os_error_code='28']"), "no space left on DIR (needs about 0.0"),
+        (OSError(errno.EDQUOT, "Quota"), "the disk quota on DIR is used up (needs about 0.0 MB)"),
+    ],
+)
+def test_a_save_that_fails_does_not_end_the_run(
+    tmp_path: Path, state: dict[str, Any], monkeypatch: Any, place: str, error: Exception, cause: str
+) -> None:
+    told = Told()
+    reach = fail(error) if place == "reach" else lambda phase, step: None
+    with save_all(tmp_path, state, 1, **told.options) as good, monkeypatch.context() as patch:
+        checkpoints = Checkpoints(tmp_path, **told.options, reach=reach)
+        if place == "orbax":
+            patch.setattr(checkpoints._orbax, "save", fail(error))
+        elif place != "reach":
+            module, name = place.split(".")
+            patch.setattr({"manifest": manifest, "steps": steps}[module], name, fail(error))
+        assert checkpoints.save(2, state, {})
+        assert not checkpoints.wait()
+        assert not checkpoints.wait()
+        checkpoints.close()
+        cause = cause.replace("DIR", str(tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        assert [step for step, _ in told.failed] == [2]
+        assert told.failed[0][1].startswith(cause)
+        line = f"checkpoint 2 could not be saved: {told.failed[0][1]}; the run goes on, earlier checkpoints are kept"
+        assert told.lines == [line]
+        patch.undo()
+        assert good.save(2, state, {})  # there is room again
+        assert good.wait()
+        assert good.latest_verified() == 2
+        assert [(step, size) for step, _, size in told.stored] == [
+            (step, manifest.read(tmp_path / str(step)).size_bytes) for step in (1, 2)
+        ]
+        assert all(0 < seconds < 60 for _, seconds, _ in told.stored)
+
+
+def test_a_bug_is_raised(tmp_path: Path, state: dict[str, Any], monkeypatch: Any) -> None:
+    told = Told()
+    checkpoints = save_all(tmp_path, state, 1, **told.options)
+    monkeypatch.setattr(manifest, "write", fail(KeyError("bug")))
+    checkpoints.save(2, state, {})
+    with pytest.raises(KeyError, match="bug"):
         checkpoints.wait()
-        with monkeypatch.context() as patch:
-            patch.setattr(manifest, "write", fail)
+    assert (told.failed, told.lines) == ([], [])
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+    def stop() -> None:
+        with checkpoints:
             checkpoints.save(2, state, {})
-            with pytest.raises(OSError, match="disk full"):
-                checkpoints.wait()
-        assert checkpoints.latest_verified() == 1
-        checkpoints.save(2, state, {})  # there is room again
-        assert checkpoints.latest_verified() == 2
+            raise ZeroDivisionError  # is not hidden by what goes wrong at the end
+
+    with pytest.raises(ZeroDivisionError):
+        stop()
+    assert told.lines == ["checkpoint 2 failed: KeyError('bug')"]
+
+
+def test_no_save_begins_where_there_is_no_room(tmp_path: Path, state: dict[str, Any], monkeypatch: Any) -> None:
+    told = Told()
+    with save_all(tmp_path, state, 1, **told.options) as checkpoints:
+        size_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        usage = shutil.disk_usage(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=size_bytes - 1))
+            assert not checkpoints.save(2, state, {})
+            checkpoints.amend({"probe": 1})
+            assert not checkpoints.wait()
+            assert [path.name for path in tmp_path.iterdir()] == ["1"]
+            assert told.failed == [(2, f"no space left on {tmp_path} (needs about 0.0 MB, 0.0 MB free)")]
+            patch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=size_bytes))
+            assert checkpoints.save(2, state, {})
+            patch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(total=0, free=0))
+            assert checkpoints.save(3, state, {})  # a file system that does not say what it has
+        assert checkpoints.wait()
+        assert checkpoints.latest_verified() == 3
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path, state: dict[str, Any]) -> None:
+    told = Told()
+    (tmp_path / "run").write_text("a file")
+    with Checkpoints(tmp_path / "run" / "checkpoints", **told.options) as checkpoints:
+        assert not checkpoints.save(1, state, {})
+        assert not checkpoints.wait()
+    assert [step for step, _ in told.failed] == [1]
+    assert "Not a directory" in told.failed[0][1]
+
+
+def test_a_step_is_complete_when_it_is_amended(tmp_path: Path, state: dict[str, Any]) -> None:
+    reached: list[tuple[str, int]] = []
+    written, told = threading.Event(), Told()
+
+    def reach(phase: str, step: int) -> None:
+        reached.append((phase, step))
+        written.set()
+
+    with Checkpoints(tmp_path, reach=reach, keep_last=3, **told.options) as checkpoints:
+        meta = {"tokens": 1}
+        assert checkpoints.save(1, state, meta)
+        meta["tokens"] = 2  # too late
+        assert written.wait(60)
+        time.sleep(0.5)
+        assert reached == [("write", 1)]
+        assert not (tmp_path / "1").exists()
+        checkpoints.amend({"probe": {"loss": 0.1}})
+        with pytest.raises(ValueError, match="amended already"):
+            checkpoints.amend({})
+        assert checkpoints.wait()
+        assert checkpoints.meta(1) == {"tokens": 1, "probe": {"loss": 0.1}}
+        assert reached == [("write", 1), ("manifest", 1)]
+        checkpoints.save(2, state, {"tokens": 2})
+        checkpoints.save(3, state, {"tokens": 3})  # the next save does not wait for an amendment
+        assert checkpoints.meta(2) == {"tokens": 2}
+    assert manifest.read(tmp_path / "3").meta == {"tokens": 3}
+    assert [step for step, _, _ in told.stored] == [1, 2, 3]
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path, state: dict[str, Any]) -> None:
+    with Checkpoints(tmp_path, keep_last=1, keep_best="books") as checkpoints:
+        for step, loss in enumerate([3.0, 2.0, 2.5, 2.2]):
+            checkpoints.save(step, state, {"validation": {"books": loss}})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 3]
+
+
+def test_old_steps_that_cannot_be_deleted_are_told(tmp_path: Path, state: dict[str, Any], monkeypatch: Any) -> None:
+    told = Told()
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "delete_old_steps", fail(OSError("busy")))
+        save_all(tmp_path, state, 1, 2, keep_last=1, **told.options).close()
+    assert told.lines == ["old checkpoints cannot be deleted: busy"] * 2
+    assert ([step for step, _, _ in told.stored], told.failed) == ([1, 2], [])
+
+
+def test_copies_of_arrays_on_the_host_are_compiled_once(tmp_path: Path) -> None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    store._make_copy.cache_clear()
+    save_all(tmp_path, {"x": jax.device_put(jnp.arange(8.0), sharding)}, 1, 2, 3).close()
+    assert store._make_copy(sharding)._cache_size() == 1
 
 
 def test_going_on_from_an_older_step_keeps_the_newer_ones(tmp_path: Path, state: dict[str, Any]) -> None:
