@@ -17,12 +17,15 @@ HELP = "list, verify or show the checkpoints of a run"
 
 BAD, ALL_BAD = 2, 5
 
+_MAX_VALUE = 200  # characters of one value of the meta on the terminal
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = "list: steps and sizes; verify: read every byte; show: all about one checkpoint"
+    actions = "list: steps, sizes, losses; verify: read every byte; show: all about one checkpoint"
     parser.add_argument("action", choices=("list", "verify", "show"), help=actions)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
     parser.add_argument("--step", type=int, metavar="N", help="one checkpoint; default: all, or the newest to show")
+    parser.add_argument("--config", action="store_true", help="with show: print the resolved config and nothing else")
     options.add_common_arguments(parser, devices=False)
 
 
@@ -37,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{directory}: no checkpoint there; is {args.run_dir} a run directory that saved one?")
     if args.step is not None and args.step not in found:
         raise UserError(f"{directory}: no step {args.step}; there are {', '.join(map(str, found))}")
+    if args.config and (args.action != "show" or args.json):
+        raise UserError("--config goes with `mtx checkpoint show` without --json, which has the config in `meta`")
     if args.action == "show":
         return _show(directory, found[-1] if args.step is None else args.step, args)
     chosen = found if args.step is None else [args.step]
@@ -63,7 +68,8 @@ def _list(directory: Path, chosen: list[int], args: argparse.Namespace) -> int:
             print(f"step {entry['step']}  {entry['problem']}")
         else:
             size = format_bytes(entry["size_bytes"])
-            print(f"step {entry['step']}  {size}  {entry['num_files']} files  saved {entry['saved_at']}")
+            known = [text for _, text in _describe(entry["meta"])]
+            print("  ".join([f"step {entry['step']}", size, f"saved {entry['saved_at']}", *known]))
     for name in aside:
         print(f"not a checkpoint: {name}")
     return 0
@@ -92,24 +98,69 @@ def _show(directory: Path, step: int, args: argparse.Namespace) -> int:
     import dataclasses
 
     from mtx.checkpoints import manifest
+    from mtx.errors import UserError
     from mtx.reports.units import format_bytes
 
     content = manifest.read(directory / str(step))
+    if args.config:
+        if "config" not in content.meta:
+            raise UserError(f"{directory / str(step)}: nothing was noted of its config; see config.gin of the run")
+        print(content.meta["config"], end="")
+        return 0
     if args.json:
         files = {name: dataclasses.asdict(entry) for name, entry in content.files.items()}
         arrays = {name: {"shape": list(e.shape), "dtype": e.dtype} for name, e in content.arrays.items()}
         options.print_json({**_summarize(content), "arrays": arrays, "files": files})
         return 0
     print(f"step {content.step}, saved {content.saved_at}, {format_bytes(content.size_bytes)}")
+    described = {key: text for key, text in _describe(content.meta) if key != "probe"}
+    print("\n".join(described.values()))
+    shown = {*described, "config", "ledger", "digests"}
     for key, value in content.meta.items():
-        print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+        if key not in shown:
+            text = value if isinstance(value, str) else json.dumps(value)
+            print(f"{key}: {text if len(text) <= _MAX_VALUE else f'{len(text)} characters, see --json'}")
+    if "ledger" in content.meta:
+        _print_ledger(content.meta["ledger"])
+    digests = content.meta.get("digests", {})
     print(f"\n{len(content.arrays)} arrays")
     for name, array in content.arrays.items():
-        print(f"  {array.dtype}{list(array.shape)}  {name}")
+        print(f"  {array.dtype}{list(array.shape)}  {name}  {digests.get(name, '')}".rstrip())
     print(f"\n{len(content.files)} files")
     for name, file in content.files.items():
         print(f"  {file.sha256}  {format_bytes(file.size_bytes):>8}  {name}")
     return 0
+
+
+def _describe(meta: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run notes beside its state, in the words of a person: key in the meta and text."""
+    from mtx.reports.units import format_count
+
+    lines = []
+    if "tokens" in meta:
+        lines.append(("tokens", f"{format_count(meta['tokens'])} tokens"))
+    if "mesh" in meta:
+        axes = ", ".join(f"{axis} {size}" for axis, size in meta["mesh"].items() if size > 1)
+        lines.append(("mesh", f"mesh {axes or 'of one device'}"))
+    if meta.get("validation"):
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in meta["validation"].items() if loss is not None)
+        lines.append(("validation", f"validation {losses}"))
+    lines.append(("probe", "with probe" if meta.get("probe") else "no probe"))
+    return lines
+
+
+def _print_ledger(ledger: dict[str, Any]) -> None:
+    """What was taken of every source (`Course.ledger`), a row each."""
+    columns = ("samples", "tokens", "skipped_samples", "epochs")
+    rows = [["source", *columns]]
+    rows += [
+        [source["store"], *(f"{source[name]:,}" for name in columns[:-1]), f"{source['epochs']:.3f}"]
+        for source in ledger["sources"]
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print()
+    for first, *rest in rows:
+        print("  ".join([f"  {first:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(rest, widths[1:]))]))
 
 
 def _summarize(content: Manifest) -> dict[str, Any]:
