@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from mtx.commands import options
@@ -24,7 +24,7 @@ NAME = "data"
 HELP = "build, verify and read token stores"
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-_SHOWN = 5
+_SHOWN, _LISTED = 5, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(action=_show)
     for action in (verify, stats, show):
         action.add_argument("store", metavar="STORE", help="folder that `mtx data build` made")
-    which = show.add_mutually_exclusive_group()
-    which.add_argument("--document", type=_count, metavar="N", help="the first to print, by number from 0 (default: 0)")
-    which.add_argument("--id", metavar="ID", help="the document with this id")
+    first = show.add_mutually_exclusive_group()
+    first.add_argument("--document", type=_count, metavar="N", help="the first to print, by number from 0 (default: 0)")
+    first.add_argument("--id", metavar="ID", help="the document with this id")
     show.add_argument("--limit", type=options.positive_int, default=1, metavar="N", help="how many (default: 1)")
-    for action in (build, verify, stats, show):
+
+    which = actions.add_parser("which", help="which documents were in which steps of a run")
+    which.add_argument("path", metavar="PATH", help="run directory; or a store, to see its documents alone")
+    which.add_argument("--run", dest="run_dir", metavar="RUN_DIR", help="the run, where PATH is a store")
+    which.add_argument("--steps", type=_steps, metavar="A..B", help="steps, or one step; the first update is step 1")
+    document = which.add_mutually_exclusive_group()
+    document.add_argument("--document", type=_count, metavar="N", help="only the document with this number, of a store")
+    document.add_argument("--id", metavar="ID", help="only the document with this id")
+    which.add_argument(
+        "--limit", type=options.positive_int, metavar="N", help="documents of a step (default: 20; --json: all)"
+    )
+    which.set_defaults(action=_which)
+    for action in (build, verify, stats, show, which):
         options.add_common_arguments(action, devices=False)
 
 
@@ -210,6 +222,49 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+def _which(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+    from itertools import chain, groupby
+    from pathlib import Path
+
+    from mtx.checkpoints import steps
+    from mtx.data import which
+    from mtx.reports.metrics import read_metrics
+
+    run_dir = Path(args.run_dir or args.path)
+    logged = [line["step"] for line in read_metrics(run_dir)]
+    done = max([*logged, *steps.list_steps(run_dir / steps.NAME)], default=0)
+    wanted = args.id if args.document is None else args.document
+    if args.steps is None and (wanted is None or not done):
+        raise UserError("which steps? --steps 7 or --steps 7..9; without, --id ID looks through all steps done so far")
+    first, last = args.steps or (1, done)
+    batches = which.open_batches(run_dir)
+    stores = which.find_stores(batches, args.path if args.run_dir else None)
+    found: Iterable[which.Occurrence]
+    if wanted is None:
+        found = chain.from_iterable(which.documents_of(batches, step, stores) for step in range(first, last + 1))
+    else:
+        found = which.steps_with(batches, stores, wanted, first, last)
+    by_step = [(step, list(several)) for step, several in groupby(found, key=lambda occurrence: occurrence.step)]
+    if args.json:
+        documents = [asdict(one) for _, several in by_step for one in several[: args.limit]]
+        answer = {"run": str(run_dir), "steps": [first, last], "steps_done": done, "documents": documents}
+        options.print_json(answer)
+        return 0
+    limit = args.limit or _LISTED
+    for step, several in by_step:
+        tokens = sum(one.tokens for one in several)
+        planned = f"; planned, the run has done {done:,}" if step > done else ""
+        print(f"step {step}: {len(several):,} documents, {tokens:,} tokens{planned}")
+        for one in several[:limit]:
+            print(f"  {one.tokens:,} tokens of {one.store} document {one.document}  {one.id}")
+        if len(several) > limit:
+            print(f"  and {len(several) - limit:,} documents more")
+    if not by_step:
+        print(f"none in steps {first} to {last}")
+    return 0
+
+
 def _document(store: Store, tokenizer: Tokenizer, index: int) -> dict[str, Any]:
     document = store.document(index)
     return {
@@ -239,6 +294,15 @@ def _warn(message: str, lines: list[str]) -> None:
 def _count(text: str) -> int:
     """An argument type: 0, 1, ..."""
     return 0 if text == "0" else options.positive_int(text)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """An argument type: '7' or '7..9'."""
+    first, _, last = text.partition("..")
+    steps = options.positive_int(first), options.positive_int(last or first)
+    if steps[0] > steps[1] or text.endswith("."):
+        raise argparse.ArgumentTypeError(f"expected steps such as 7 or 7..9, not {text!r}")
+    return steps
 
 
 class _Bar:

@@ -1,7 +1,8 @@
 """The stages of `Data.stages`: what their keys mean, and which of them a run may not have.
 
 Decides the unit and the amount behind '1000 steps' and '2e9 tokens'. Does not decide at which step a number of tokens
-is reached (`mtx.data.course`), nor what the weights do (`mtx.data.blend`).
+is reached, which depends on the batch sizes that the run had so far (`mtx.data.course`); so steps and tokens are not
+compared here.
 
 Invariant: amounts are exact whole numbers, however they are written.
 """
@@ -48,7 +49,7 @@ def check_blends(run: schema.Run, show: Show) -> Iterator[str]:
     yield from _check_weights("Data.train", run.data.train)
     if run.data.stages and not run.data.train:
         yield useless(show, "Data.stages", "without Data.train", "set Data.train = {'STORE': 1.0}")
-    earlier: dict[str, Begin] = {}
+    known: list[tuple[str, Begin]] = []
     for key, blend in run.data.stages.items():
         name = f"Data.stages[{key!r}]"
         if not blend:
@@ -59,29 +60,15 @@ def check_blends(run: schema.Run, show: Show) -> Iterator[str]:
         except ValueError as error:
             yield f"Data.stages: {error}"
             continue
-        if late := next((other for other, it in earlier.items() if _is_not_before(run, it, begin)), None):
-            yield f"{name} does not begin after {late!r}, which stands before it: put the stages in the order of time"
-        earlier[key] = begin
-        for unit in _UNITS:
-            length = getattr(run.train, unit)
-            if length is not None and _is_not_before(run, begin, Begin(length, unit)):
-                yield (
-                    f"{name} has no effect, as the run ends before with {show(f'Train.{unit}')}: raise Train.{unit}, "
-                    "or remove the stage"
-                )
-
-
-def _is_not_before(run: schema.Run, one: Begin, other: Begin) -> bool:
-    """Whether `one` comes no earlier than `other`; False also where a ramp of the batch size leaves that open."""
-    train = run.train
-    smallest = train.batch_ramp.start if train.batch_ramp else train.global_batch_size
-
-    def step(begin: Begin, batch_size: int) -> int:
-        return begin.amount if begin.unit == "steps" else -(-begin.amount // (batch_size * train.seq_len))
-
-    if one.unit == other.unit and one.amount >= other.amount:
-        return True
-    return step(one, train.global_batch_size) >= step(other, smallest)
+        for other, earlier in known:
+            if earlier.unit == begin.unit and earlier.amount >= begin.amount:
+                yield f"{name} does not begin after {other!r}, which stands before it: put the stages in their order"
+                break
+        known.append((key, begin))
+        length = getattr(run.train, begin.unit)
+        if length is not None and begin.amount >= length:
+            limit = f"Train.{begin.unit}"
+            yield f"{name} has no effect, as the run ends before with {show(limit)}: raise {limit}, or remove the stage"
 
 
 def _check_weights(name: str, blend: Mapping[str, float]) -> Iterator[str]:

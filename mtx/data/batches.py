@@ -12,7 +12,7 @@ of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import numpy as np
 
@@ -59,18 +59,18 @@ class Batches:
         return batch
 
     def draws(
-        self, step: int, rows: np.ndarray, digest: str | None = None
+        self, step: int, rows: np.ndarray, digests: Container[str] | None = None
     ) -> Iterator[tuple[Draw, Store, Samples, np.ndarray]]:
         """For each source of some rows (int64[n]) of a step: its share, its store, its samples, those drawn (int64[m]).
 
-        With a digest, for the source that has it alone.
+        With `digests`, only for stores that have one of them.
 
         Raises:
             UserError: As `read`.
         """
         entry = self.course.entry(step)
         for draw in self.course.draws(step, rows):
-            if digest not in (None, draw.digest):
+            if digests is not None and draw.digest not in digests:
                 continue
             store = self.sources.find(draw.digest, draw.path)
             numbers = np.empty_like(draw.places)

@@ -108,8 +108,7 @@ class Entry:
         """
         begun = [(self.step, self.train)]
         for key, blend in self.stages.items():
-            amount, unit = parse_begin(key)
-            first = max(self.step, amount if unit == "steps" else sizes.step_at_tokens(amount))
+            first = max(self.step, find_first_step(key, sizes))
             begun = [*((step, earlier) for step, earlier in begun if step < first), (first, blend)]
         yield from begun
 
@@ -139,6 +138,12 @@ class Entry:
             "stores": {path: Content(**content) for path, content in stores.items()},
         }
         return cls(**{**record, **built})
+
+
+def find_first_step(key: str, sizes: BatchSizes) -> int:
+    """The first step of a stage by its key; where it is before the first step of `sizes`, some step before that one."""
+    amount, unit = parse_begin(key)
+    return amount if unit == "steps" else sizes.step_at_tokens(amount)
 
 
 def _is_count(value: Any, low: int = 0) -> bool:

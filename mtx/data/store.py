@@ -110,18 +110,25 @@ class Store:
         Raises:
             UserError: There is no such document.
         """
-        if not 0 <= index < self.num_documents:
-            raise UserError(f"{self.path}: no document {index}; it has 0 to {self.num_documents - 1}")
-        start = int(self.document_ends[index - 1]) if index else 0
-        stop = int(self.document_ends[index]) - 1
+        start, stop = self.document_span(index)
         source = self.sources[int(np.searchsorted(self._first_documents, index, side="right")) - 1]
         return StoredDocument(
             index=index,
             id=self.document_id(index),
             source=source["path"],
             line=int(ArrayReader(self.path / "document_lines").read(index, index + 1)[0]),
-            tokens=self.read_spans(np.array([start]), np.array([stop - start])),
+            tokens=self.read_spans(np.array([start]), np.array([stop - 1 - start])),
         )
+
+    def document_span(self, index: int) -> tuple[int, int]:
+        """Where in the stream a document begins and where it ends, with the token that ends it.
+
+        Raises:
+            UserError: There is no such document.
+        """
+        if not 0 <= index < self.num_documents:
+            raise UserError(f"{self.path}: no document {index}; it has 0 to {self.num_documents - 1}")
+        return int(self.document_ends[index - 1]) if index else 0, int(self.document_ends[index])
 
     def document_id(self, index: int) -> str:
         """The id of document number `index`, which there is."""

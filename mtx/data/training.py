@@ -9,9 +9,10 @@ from pathlib import Path
 from mtx.config import schema
 from mtx.data.batches import Batches, ValidationBatches, check_store
 from mtx.data.course import Course
-from mtx.data.entry import Entry
+from mtx.data.entry import Entry, find_first_step
 from mtx.data.samples import Sources
 from mtx.data.tokenizer import load_tokenizer
+from mtx.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def open_training_data(run: schema.Run, entries: Sequence[Entry] = (), sources: 
         sources: Where stores may be open already; those of this run are checked and stay open in it.
 
     Raises:
-        UserError: One is missing, damaged, too short, or does not fit the model or the tokenizer of the run.
+        UserError: One is missing, damaged, too short, or does not fit the model or the tokenizer of the run; or a stage
+            begins after the last step.
     """
     sources = Sources() if sources is None else sources
     staged = dict.fromkeys(path for blend in run.data.stages.values() for path in blend)
@@ -56,6 +58,7 @@ def open_training_data(run: schema.Run, entries: Sequence[Entry] = (), sources: 
         for store in opened:
             check_store(store, key=key, model_vocab_size=run.model.vocab_size, tokenizer=tokenizer)
     course = Course(entries or [Entry.of(run, sources, 0)])
+    _check_stages(run, course)
     return TrainingData(
         train=Batches(course, sources),
         validation={
@@ -71,3 +74,15 @@ def open_training_data(run: schema.Run, entries: Sequence[Entry] = (), sources: 
         sizes=course,
         tokenizer_files=tokenizer.files,
     )
+
+
+def _check_stages(run: schema.Run, course: Course) -> None:
+    sizes, steps = course.stretches[-1].sizes, run.train.steps
+    total = course.step_at_tokens(run.train.tokens or 0) if steps is None else steps
+    for key in run.data.stages:
+        first = find_first_step(key, sizes)
+        if first >= total:
+            raise UserError(
+                f"Data.stages[{key!r}] has no effect: it would begin after {first:,} steps, and the run has {total:,}: "
+                "make the run longer (Train.steps, Train.tokens), or remove the stage"
+            )

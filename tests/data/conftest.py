@@ -82,12 +82,17 @@ def make_store(tmp_path, sentencepiece_model):
 
 @pytest.fixture
 def write_store(tmp_path):
-    """Makes a store of random tokens, in documents of some lengths: write_store("name", lengths, seed=1) -> Store."""
+    """Makes a store of documents of some lengths: write_store("name", lengths, seed=1) -> Store.
 
-    def make(name, lengths, seed=0):
+    Its tokens are random, or count from `first`, ends of documents included, so that each says where it is from.
+    """
+
+    def make(name, lengths, seed=0, first=None):
         path, ends = tmp_path / name, np.cumsum(np.asarray(lengths) + 1)
         tokens = np.random.default_rng(seed).integers(1, 500, ends[-1]).astype(np.uint16)
         tokens[ends - 1] = 0
+        if first is not None:
+            tokens = np.arange(first, first + ends[-1]).astype(np.uint16)
         ids = [f"{name}/{i}".encode() for i in range(len(ends))]
         arrays = {
             "tokens": tokens,
@@ -101,7 +106,7 @@ def write_store(tmp_path):
             writer.append(array)
             writer.close()
         manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "num_tokens": int(ends[-1])}
-        rest = {"num_documents": len(ends), "vocab_size": 500, "tokenizer_fingerprint": "", "end_of_document_id": 0}
+        rest = {"num_documents": len(ends), "vocab_size": 1 << 16, "tokenizer_fingerprint": "", "end_of_document_id": 0}
         integrity.seal(path, manifest | rest)
         return open_store(path)
 
