@@ -10,9 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mtx.jsonl import say
+from mtx.reports.incidents import describe_event
 from mtx.reports.metrics import MetricsFile
 from mtx.reports.tensorboard import TensorBoard
-from mtx.reports.terminal import open_progress
+from mtx.reports.terminal import LiveProgress, PlainProgress, open_progress
 
 
 class Reporter:
@@ -29,12 +31,17 @@ class Reporter:
             start_step: Step that this attempt goes on from; what was recorded of later ones is moved aside.
             quiet: Whether nothing is printed.
             is_primary: Whether this is process 0.
+
+        Raises:
+            UserError: The metrics cannot be written.
         """
         self._sinks: list[MetricsFile | TensorBoard] = []
+        self._terminal: PlainProgress | LiveProgress | None = None
         if is_primary:
-            self._sinks = [MetricsFile(run_dir, start_step=start_step), TensorBoard(run_dir, start_step=start_step)]
-        prints = is_primary and not quiet
-        self._terminal = open_progress(total_steps=total_steps, start_step=start_step) if prints else None
+            self._sinks.append(MetricsFile(run_dir, start_step=start_step, warn=self._warn))
+            self._sinks.append(TensorBoard(run_dir, start_step=start_step, warn=self._warn))
+            if not quiet:
+                self._terminal = open_progress(total_steps=total_steps, start_step=start_step)
 
     def __enter__(self) -> Reporter:
         return self
@@ -65,6 +72,28 @@ class Reporter:
         """Prints a line for a person."""
         if self._terminal:
             self._terminal.message(text)
+
+    def told(self, event: str, **fields: Any) -> None:
+        """Prints what happened: an event of the journal and its fields, in the words of the report."""
+        self.message(f"{event.replace('_', ' ')}: {describe_event({'event': event, **fields})}")
+
+    def rewind(self, step: int) -> None:
+        """Goes back: what was recorded of the steps after `step` is moved aside, as at a resume.
+
+        Raises:
+            UserError: The metrics cannot be written.
+        """
+        for sink in self._sinks:
+            sink.rewind(step)
+        if self._terminal:
+            self._terminal.rewind(step)
+
+    def _warn(self, text: str) -> None:
+        """Prints a line that a quiet run prints, too."""
+        if self._terminal:
+            self._terminal.message(text)
+        else:
+            say(text)
 
     def close(self) -> None:
         """Closes all sinks."""

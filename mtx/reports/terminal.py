@@ -55,6 +55,9 @@ class PlainProgress:
         """Prints a line."""
         print(text, file=sys.stderr, flush=True)
 
+    def rewind(self, step: int) -> None:
+        """Lines that were printed stay."""
+
     def close(self) -> None:
         """Nothing stays open."""
 
@@ -85,6 +88,10 @@ class LiveProgress:
     def message(self, text: str) -> None:
         """Prints a line above."""
         self._progress.console.print(text, markup=False, highlight=False)
+
+    def rewind(self, step: int) -> None:
+        """Draws the bar back to a step."""
+        self._progress.update(self._task, completed=step, description=f"back to step {step}", refresh=True)
 
     def close(self) -> None:
         """Leaves the last line on the terminal."""

@@ -1,5 +1,6 @@
 """`metrics.jsonl` of an interrupted run reads like that of one that never was, and no line is lost."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from mtx.errors import UserError
 from mtx.reports.metrics import MetricsFile, read_metrics, read_undone_metrics
 from mtx.reports.reporter import Reporter
 
@@ -44,6 +46,71 @@ def test_a_torn_line_moves_aside_with_the_later_ones(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.before-resume-1.jsonl").read_bytes().startswith(b'{"step": 3')
     MetricsFile(tmp_path, start_step=2).close()
     assert not (tmp_path / "metrics.before-resume-2.jsonl").exists()
+
+
+def test_a_rollback_moves_later_lines_aside(tmp_path: Path, capsys: Any) -> None:
+    with Reporter(tmp_path, total_steps=10) as reporter:
+        for step in (1, 2, 3, 4):
+            reporter.log(record(step, 1 / step))
+        reporter.rewind(2)
+        for step in (3, 4, 5):
+            reporter.log(record(step, 2 / step))
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1, 1 / 2, 2 / 3, 2 / 4, 2 / 5]
+    assert [[line["loss"] for line in batch] for batch in read_undone_metrics(tmp_path)] == [[1 / 3, 1 / 4]]
+    purges = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
+    assert purges == [1, 3]
+
+
+def test_lines_that_a_full_disk_tore_stay_among_those_that_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n{"ste')
+    MetricsFile(tmp_path, start_step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
+    assert (tmp_path / "metrics.before-resume-1.jsonl").read_text() == '{"step": 3}\n{"ste'
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none/metrics\.jsonl cannot be opened for writing: No such file"):
+        MetricsFile(tmp_path / "none", start_step=0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    (tmp_path / "metrics.before-resume-1.jsonl").symlink_to(tmp_path / "none" / "x")  # there is none, nor can there be
+    with pytest.raises(UserError, match="lines after step 2 cannot be moved aside"):
+        MetricsFile(tmp_path, start_step=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_tensorboard_never_ends_a_run(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    from tensorboardX.record_writer import RecordWriter
+
+    def full(writer: RecordWriter) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Reporter(tmp_path, total_steps=10, quiet=True) as reporter:
+        monkeypatch.setattr(RecordWriter, "flush", full)
+        for step in (1, 2, 3):
+            reporter.log(record(step, 1.0))
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/tensorboard: No space left on device; nothing more is written there, the run goes on\n"
+    )
+    assert len(read_metrics(tmp_path)) == 3
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "tensorboard").write_text("a file")
+    with Reporter(tmp_path / "b", total_steps=10, quiet=True) as reporter:
+        reporter.log(record(1, 1.0))
+        reporter.rewind(0)
+    assert capsys.readouterr().err.count("b/tensorboard: File exists; nothing more is written there") == 2
+
+
+def test_events_are_told_in_a_line(tmp_path: Path, capsys: Any) -> None:
+    with Reporter(tmp_path, total_steps=10) as reporter:
+        reporter.told("skipped", step=1200, cause="loss nan, gradient norm inf")
+        reporter.told("spike", step=1300, cause="loss 9.1000 is 4.0000 above the median of 128 steps")
+        reporter.told("save_failed", step=1400, cause="No space left on device")
+    assert capsys.readouterr().err.splitlines() == [
+        "skipped: step 1,200: no update, its numbers are not finite: loss nan, gradient norm inf",
+        "spike: step 1,300: loss 9.1000 is 4.0000 above the median of 128 steps",
+        "save failed: the checkpoint of step 1,400 is not there, those before it are: No space left on device",
+    ]
 
 
 def read_events(run_dir: Path) -> list[Any]:

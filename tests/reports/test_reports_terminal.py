@@ -16,12 +16,14 @@ def test_live_line_is_redrawn_and_messages_stay() -> None:
     for step in (30, 40):
         progress.log({"step": step, "loss": 3.0, "mfu": 0.412, "step_seconds": 1.0, "tokens_per_second": 2e6})
     progress.message("a [message]")
+    progress.rewind(20)
     progress.close()
     text = screen.getvalue()
     assert "step 30/100  loss 3.0000  2M tokens/s  MFU 41.2%  ETA 1m 10s" in text
     assert "step 40/100" in text
     assert "a [message]" in text
-    assert text.count("\n") < 6
+    assert "back to step 20" in text
+    assert text.count("\n") < 7
 
 
 @pytest.mark.parametrize(
