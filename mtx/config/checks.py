@@ -35,6 +35,7 @@ def check_run(run: schema.Run, provenance: Mapping[str, Origin]) -> list[str]:
         _check_mesh,
         _check_data,
         _check_checkpoint,
+        _check_health,
     )
     messages = [message for rule in rules for message in rule(run, show)]
     for part in render.parts(run).values():
@@ -209,3 +210,27 @@ def _check_checkpoint(run: schema.Run, show: Show) -> Iterator[str]:
             f"{show('Checkpoint.keep_every')} must be a multiple of {show('Checkpoint.every_steps')}, or most of the "
             f"steps to be kept are never saved: set Checkpoint.keep_every to {multiples(keep, every)}"
         )
+
+
+def _check_health(run: schema.Run, show: Show) -> Iterator[str]:
+    health, best = run.health, run.checkpoint.keep_best
+    if health.spike_score is None:
+        for name in ("spike_window", "spike_patience"):
+            if getattr(health, name) != settings(schema.Health)[name].default:
+                yield useless(show, f"Health.{name}", "without Health.spike_score", "set Health.spike_score = 8.0")
+    elif health.spike_score == 0:
+        yield (
+            f"{show('Health.spike_score')} would take half of all steps for spikes: set it to a number above 0, such "
+            "as 8.0, or to None to look for none"
+        )
+    if health.straggler_every is None and health.straggler_ratio != settings(schema.Health)["straggler_ratio"].default:
+        yield useless(show, "Health.straggler_ratio", "without Health.straggler_every", "set Health.straggler_every")
+    if best is not None:
+        if best not in run.data.validation:
+            yield f"{show('Checkpoint.keep_best')} is no name in Data.validation; {nearest(best, run.data.validation)}"
+        for name, key in (
+            ("Train.eval_every", run.train.eval_every),
+            ("Checkpoint.every_steps", run.checkpoint.every_steps),
+        ):
+            if key is None:
+                yield useless(show, "Checkpoint.keep_best", f"without {name}", f"set {name}")
