@@ -290,6 +290,8 @@ def save_initial(directory: RunDirectory, params: Mapping[str, Any], meta: Mappi
     """Saves weights that come from elsewhere as step 0."""
     with directory.checkpoints() as checkpoints:
         checkpoints.save(0, {"params": params}, meta)
+        if not checkpoints.wait():
+            raise UserError(f"the weights could not be saved to {checkpoints.directory}, for the reason told above")
 
 
 def _is_launchers(name: str) -> bool:

@@ -48,6 +48,7 @@ def test_unknown_key(mistake):
 def test_missing_store(mistake, tmp_path):
     message = mistake(f"Data.train = {{'{tmp_path}/none': 1.0}}")
     assert f"{tmp_path}/none: no such token store; make it with `mtx data build" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_tokenizer(mistake, workplace, tmp_path):
@@ -113,7 +114,6 @@ def test_corrupt_store(mistake, workplace, tmp_path):
     message = mistake(f"Data.train = {{'{tmp_path}/store': 1.0}}")
     assert f"{tmp_path}/store" in message
     assert "damaged" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]  # and no run directory
 
 
 def test_resume_of_what_is_not_there(mistake, workplace, straight, tmp_path):
