@@ -46,6 +46,11 @@ def open_batches(run_dir: Path) -> Batches:
     Raises:
         UserError: It is no run directory, or its ledger is damaged.
     """
+    if not (run_dir / "config.gin").is_file():
+        raise UserError(
+            f"{run_dir} is no run directory, it holds no config.gin; name the folder that `mtx train` made, or a store "
+            "with --run RUN_DIR"
+        )
     run = reader.load(run_dir / "config.gin").run
     require_training_data(run)
     sources = Sources()
