@@ -5,6 +5,7 @@ Invariant: everything after this file takes its mesh as an argument and never as
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,19 @@ from mtx.errors import UserError
 
 ENVIRONMENT = ("MTX_COORDINATOR", "MTX_NUM_PROCESSES", "MTX_PROCESS_ID")
 """Set together by the launcher: HOST:PORT of process 0, number of processes, index of this one."""
+_PEER_TIMEOUT_S = schema.Health().peer_timeout_s
+_BACKSTOP_S = 15
+"""Later than a run's own watch JAX aborts (signal 6, nothing said) where a process gives it no sign of life."""
+_START_TIMEOUT_S = 300
 
 
-def start_process() -> None:
+def start_process(*, peer_timeout_s: float = _PEER_TIMEOUT_S) -> None:
     """Configures JAX for this process; joins the other processes of the run where the launcher says there are some.
 
     Nothing is guessed from a scheduler's environment: the launcher passes what it knows, explicitly.
+
+    Args:
+        peer_timeout_s: `Health.peer_timeout_s`; matters to a run of several processes only.
 
     Raises:
         UserError: Only some of the launcher's variables are set.
@@ -45,7 +53,8 @@ def start_process() -> None:
         num_processes=int(count or 0),
         process_id=int(index or 0),
         cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=60,
+        heartbeat_timeout_seconds=math.ceil(peer_timeout_s) + _BACKSTOP_S,
+        initialization_timeout=_START_TIMEOUT_S,
     )
 
 
