@@ -14,6 +14,7 @@ from functools import partial
 from mtx.config import render, schema
 from mtx.config.axes import LOGICAL_AXES, MESH_AXES
 from mtx.config.components import families, settings
+from mtx.config.deadline import check_stop_before
 from mtx.config.render import Origin
 from mtx.config.stages import check_blends
 from mtx.config.statements import nearest
@@ -31,6 +32,7 @@ def check_run(run: schema.Run, provenance: Mapping[str, Origin]) -> list[str]:
         _check_experts,
         _check_position,
         _check_train,
+        check_stop_before,
         _check_ramp,
         _check_mesh,
         _check_data,
