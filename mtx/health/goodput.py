@@ -10,6 +10,7 @@ a killed attempt logged after its last one; where clocks were set back, seconds 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -128,9 +129,8 @@ class _Stretch:
 
     @property
     def lost_steps(self) -> int:
-        return (
-            0 if self.first is None or self.reached is None else int(max(0, self.reached - max(self.kept, self.first)))
-        )
+        first, reached = self.first, self.reached
+        return 0 if first is None or reached is None else int(max(0, reached - max(self.kept, first)))
 
     @property
     def run_up_seconds(self) -> float:
@@ -294,14 +294,12 @@ def _describe(stretch: _Stretch, end: float, recovery: float | None) -> Attempt:
 
 def _extend(attempt: Attempt, stretch: _Stretch, end: float) -> Attempt:
     """An attempt that went on after a rollback."""
-    return Attempt(
-        start=attempt.start,
+    return dataclasses.replace(
+        attempt,
         end=end,
         ended=_how_it_ended(stretch),
-        first_step=attempt.first_step,
         last_step=stretch.reached,
         lost_steps=attempt.lost_steps + stretch.lost_steps,
-        recovery_seconds=attempt.recovery_seconds,
     )
 
 
