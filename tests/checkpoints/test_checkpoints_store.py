@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtx.checkpoints import disk, manifest, steps, store
+from mtx.checkpoints.run_directory import RunDirectory, save_initial
 from mtx.checkpoints.store import Checkpoints
 from mtx.errors import CheckpointError, UserError
 
@@ -258,6 +259,13 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path, state: dict[str
         assert not checkpoints.wait()
     assert [step for step, _ in told.failed] == [1]
     assert "Not a directory" in told.failed[0][1]
+
+
+def test_weights_that_cannot_be_saved_are_no_import(tmp_path: Path, state: dict[str, Any]) -> None:
+    directory = RunDirectory.create(tmp_path / "run", "", {})
+    (directory.path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="the weights could not be saved to"):
+        save_initial(directory, state["params"], {})
 
 
 def test_a_step_is_complete_when_it_is_amended(tmp_path: Path, state: dict[str, Any]) -> None:
