@@ -44,7 +44,7 @@ LINGER_S = 8.0
 """That process 0 stays for the others to see why it ends: with it goes JAX's coordinator, whose clients then abort."""
 LEAVE_S = 15.0
 """That leaving may take, whatever disks do."""
-LONG_PHASES = ("initialize", "compile", "restore", "save", "finish")
+LONG_PHASES = ("start", "initialize", "compile", "restore", "save", "finish")
 """These compile, or read and write whole checkpoints, and may take `LONG` times as long as others."""
 LONG = 4
 
