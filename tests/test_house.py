@@ -22,7 +22,8 @@ ROOMS = (
 )  # fmt: skip
 
 # The story of a run brings everything together.
-MORE_ROOMS = {"mtx/training/loop.py": ("checkpoints", "health", "planning", "reports")}
+STORY = ("checkpoints", "health", "planning", "reports")
+MORE_ROOMS = {f"mtx/training/{name}.py": STORY for name in ("run", "resume", "loop")}
 
 # Besides the standard library and NumPy. The longest matching path decides.
 LIBRARIES: dict[str, tuple[str, ...]] = {

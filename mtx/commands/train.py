@@ -10,7 +10,7 @@ from mtx.commands import options
 from mtx.errors import UserError
 
 if TYPE_CHECKING:
-    from mtx.training.loop import Trained
+    from mtx.training.run import Trained
 
 NAME = "train"
 HELP = "train a model, or go on with a run"
@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
     check_keys(args.accept)
     from mtx.mesh import start_process
 
-    start_process()
+    start_process(peer_timeout_s=config.run.health.peer_timeout_s)
     import jax
 
     from mtx.reports.html import write_report
-    from mtx.training.loop import train
+    from mtx.training.run import train
 
     run_dir = args.run_dir or Path("runs") / Path(args.config).stem
     trained = train(config, run_dir, resume=args.resume, accept=frozenset(args.accept), quiet=args.quiet)

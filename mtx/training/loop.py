@@ -1,279 +1,294 @@
-"""The story of a run: set up, restore or begin, then step after step, with everything else off the critical path.
+"""Step after step, with everything else off the critical path: metrics, evaluations, checkpoints, care for the run.
 
-Invariant: what a run computes depends on its config and its step alone; this file decides only when it is told to the
-outside, saved and stopped.
+Decides when a step is read, evaluated, saved, compared. What becomes of a spike or of a run that is told to stop is
+decided in `run.py`; what a step computes, nowhere near here.
+
+Invariant: nothing of a step is told or saved before its metrics were read and found sound.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from mtx.checkpoints.run_directory import RunDirectory, choose_step, digest_config
 from mtx.checkpoints.store import Checkpoints
-from mtx.config.checks import require_training_data
-from mtx.config.layout import check_layout, resolve_mesh
-from mtx.config.reader import Config
 from mtx.data.prefetch import Prefetcher
-from mtx.data.training import TrainingData, open_training_data
-from mtx.errors import DivergedError, PreemptedError, UserError
-from mtx.health.journal import Journal
+from mtx.data.training import TrainingData
+from mtx.errors import PreemptedError, StalledError, UserError
 from mtx.health.preemption import Preemption
-from mtx.mesh import make_mesh
-from mtx.models import count_parameters
+from mtx.health.spikes import Skipped, Spike, SpikeDetector
+from mtx.health.stragglers import Stragglers
+from mtx.health.watch import Watch
 from mtx.planning.throughput import Throughput
 from mtx.reports.reporter import Reporter
-from mtx.sharding import axis_sizes
+from mtx.training.digest import Digester, Digests, describe
 from mtx.training.evaluate import Evaluation
 from mtx.training.inputs import make_train_batch
+from mtx.training.proof import batch_digest
 from mtx.training.state import Setup, State
 from mtx.training.step import Metrics, make_train_step
 
+LAST_TRIES, PAUSE_S = 3, 5.0
+"""How often, and how far apart, the last checkpoint of an attempt is tried to be saved where there is no room."""
+
 
 @dataclass(frozen=True)
-class Trained:
-    """A run after its last step."""
+class Surroundings:
+    """What a loop tells and asks besides computing. `record` does nothing on processes other than 0."""
 
-    directory: RunDirectory
-    setup: Setup
-    state: State
-
-
-def train(
-    config: Config,
-    run_dir: Path,
-    *,
-    resume: str = "auto",
-    accept: frozenset[str] = frozenset(),
-    quiet: bool = False,
-) -> Trained:
-    """Trains, or goes on where the run directory stands, until the last step.
-
-    Args:
-        config: The run.
-        run_dir: Made where it does not exist.
-        resume: `auto` (the newest checkpoint that verifies), `never`, or the number of a step.
-        accept: Keys whose change against the checkpoint's config is agreed to.
-        quiet: Whether nothing is printed.
-
-    Raises:
-        UserError: The config does not fit the data, the devices or the run directory.
-        CheckpointError: There are checkpoints and none verifies.
-        DivergedError: The loss is not a number any more.
-        PreemptedError: The process was asked to stop; everything is saved.
-    """
-    run = config.run
-    require_training_data(run)
-    counts = resolve_mesh(run.mesh, jax.device_count())
-    check_layout(run, counts, config.provenance)
-    setup = Setup(run, make_mesh(counts))
-    data = open_training_data(run)
-    total_steps = data.sizes.step_at_tokens(run.train.tokens or 0) if run.train.steps is None else run.train.steps
-    is_primary = jax.process_index() == 0
-
-    with ExitStack() as stack:
-        directory = _open_directory(config, run_dir, data, resume)
-        checkpoints = stack.enter_context(
-            directory.checkpoints(keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every)
-        )
-        start = None if resume == "never" else choose_step(checkpoints, None if resume == "auto" else int(resume))
-        changes: list[str] = []
-        if is_primary:
-            meta = {} if start is None else checkpoints.meta(start)
-            drift = directory.check_resume(
-                config, step=start, meta=meta, accepted=accept, tokenizer_files=data.tokenizer_files
-            )
-            directory.record(config, start or 0)
-            changes = [*drift.free, *drift.accepted]
-        if start is not None:
-            checkpoints.set_aside_after(start)
-        journal = Journal(directory.path, config_digest=digest_config(config), process=jax.process_index())
-        stack.callback(journal.close)
-        reporter = stack.enter_context(
-            Reporter(directory.path, total_steps=total_steps, start_step=start or 0, quiet=quiet, is_primary=is_primary)
-        )
-        preemption = stack.enter_context(Preemption(num_processes=jax.process_count()))
-        parameters, kind = count_parameters(run.model), jax.devices()[0].device_kind
-        mesh = {axis: size for axis, size in axis_sizes(setup.mesh).items() if size > 1}
-        if is_primary:
-            journal.record("start", devices=setup.mesh.size, device_kind=kind, mesh=mesh, parameters=parameters)
-        layout = ", ".join(f"{axis} {size}" for axis, size in mesh.items()) or "one device"
-        reporter.message(f"{directory.path}: {parameters:,} parameters, {total_steps:,} steps, on {kind} ({layout})")
-        if start is None:
-            state = setup.initialize()
-        else:
-            state = _restore(checkpoints, setup, start)
-            if is_primary:
-                journal.record("resumed", step=start, changes=changes)
-            reporter.message(f"goes on from step {start}" + "".join(f"\n  {line}" for line in changes))
-        loop = _Loop(
-            setup=setup,
-            data=data,
-            checkpoints=checkpoints,
-            record=journal.record if is_primary else lambda event, **fields: None,
-            reporter=reporter,
-            preemption=preemption,
-            meta={"config_digest": digest_config(config), **_describe(setup)},
-        )
-        state = loop.run(state, start or 0, total_steps)
-    return Trained(directory, setup, state)
+    checkpoints: Checkpoints
+    record: Callable[..., None]
+    reporter: Reporter
+    preemption: Preemption
+    watch: Watch
+    stragglers: Stragglers | None
 
 
-def _open_directory(config: Config, run_dir: Path, data: TrainingData, resume: str) -> RunDirectory:
-    """The run directory, made by process 0 where there is none."""
-    exists = RunDirectory.exists(run_dir)
-    _sync("mtx.run_directory.looked")  # before process 0 makes it, or others see half of it
-    if exists and resume == "never":
-        raise UserError(
-            f"{run_dir} is the directory of a run; --resume auto goes on with it, another --run-dir does not"
-        )
-    if not exists and resume not in ("auto", "never"):
-        raise UserError(f"--resume {resume}: {run_dir} does not exist")
-    if not exists and jax.process_index() == 0:
-        RunDirectory.create(run_dir, config.text(), data.tokenizer_files)
-    _sync("mtx.run_directory.made")
-    return RunDirectory.open(run_dir)
-
-
-def _sync(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _restore(checkpoints: Checkpoints, setup: Setup, step: int) -> State:
-    """The state of a step; where it holds imported weights alone, the state before the first update."""
-    if checkpoints.parts(step) == {"params"}:
-        wanted = {"params": setup.canonical.abstract_state["params"]}
-        return setup.initialize(checkpoints.restore(step, wanted)["params"])
-    return setup.canonical.load(checkpoints.restore(step, setup.canonical.abstract_state))
-
-
-def _describe(setup: Setup) -> dict[str, Any]:
-    """What a checkpoint says about the program that wrote it."""
-    libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    return {
-        "mesh": axis_sizes(setup.mesh),
-        "processes": jax.process_count(),
-        "versions": {name: version(name) for name in libraries},
-    }
-
-
-class _Loop:
+class Loop:
     """The steps of one attempt. The device always has a step to do: step n is dispatched, then n - 1 is read."""
 
-    def __init__(
-        self,
-        *,
-        setup: Setup,
-        data: TrainingData,
-        checkpoints: Checkpoints,
-        record: Callable[..., None],
-        reporter: Reporter,
-        preemption: Preemption,
-        meta: dict[str, Any],
-    ) -> None:
-        self.setup, self.data, self.checkpoints, self.meta = setup, data, checkpoints, meta
-        self.record, self.reporter, self.preemption = record, reporter, preemption
-        self.evaluation = Evaluation(setup, data)
-        self.throughput = Throughput(setup, data.sizes)
+    def __init__(self, setup: Setup, around: Surroundings, total_steps: int, meta: Mapping[str, Any]) -> None:
+        """Args: total_steps: the last one; meta: what every checkpoint says about the program that wrote it."""
+        self.setup, self.around, self.total_steps, self.meta = setup, around, total_steps, meta
+        self.digester = Digester(setup.mesh)
+        self._program: Any = None
+        self._program_digest = ""
+        self._longest_step = self._longest_save = 0.0
 
-    def run(self, state: State, start: int, total_steps: int) -> State:
-        """From the state after step `start` to that after the last step."""
-        train, checkpoint = self.setup.run.train, self.setup.run.checkpoint
+    def run(
+        self,
+        state: State,
+        start: int,
+        data: TrainingData,
+        detector: SpikeDetector,
+        on_first_step: Callable[[Mapping[str, Any], str], None],
+    ) -> tuple[Spike, int] | None:
+        """From the state after step `start` to the last step, which is saved, or to a spike.
+
+        Args:
+            state: Consumed.
+            start: Updates done.
+            data: What is read.
+            detector: Judges losses.
+            on_first_step: Called with the metrics of the first step and the digest of the program, before anything is
+                told or saved; raises where they prove that something is wrong.
+
+        Returns:
+            The spike and the step that it was found at; None where the run is done.
+
+        Raises:
+            PreemptedError: The run was asked to stop; everything is saved.
+            StalledError: Copies of an array differ: a device computes wrongly.
+            UserError: The last checkpoint could not be saved.
+        """
+        self.data, self.detector, self._on_first_step = data, detector, on_first_step
+        self._evaluation, self._throughput = Evaluation(self.setup, data), Throughput(self.setup, data.sizes)
+        self._first_step, self._waited = start + 1, 0.0
+        self._unproven: tuple[int, Future[str] | None] | None = None
+        self._validation: dict[str, float] = {}
+        if start >= self.total_steps:
+            return None
 
         def make_batch(step: int) -> Any:
-            return make_train_batch(self.setup, self.data.train, self.data.sizes, step)
+            return make_train_batch(self.setup, data.train, data.sizes, step)
 
-        with Prefetcher(make_batch, first_step=start, depth=self.setup.run.data.prefetch) as batches:
-            if start < total_steps:
-                batch = batches.get(start)
-                train_step = self._compile(state, batch)
-            self.throughput.begin(start)
-            unread: tuple[int, Metrics] | None = None
-            for step in range(start + 1, total_steps + 1):
-                state, metrics = train_step(state, batch)
-                if step < total_steps:
-                    batch = batches.get(step)
-                if unread is not None:
-                    self._read(*unread, batches)
-                unread = step, metrics
-                preempted = self.preemption.requested_at(step)
-                evaluates = step == total_steps or (train.eval_every is not None and step % train.eval_every == 0)
-                saves = (
-                    step == total_steps
-                    or preempted
-                    or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
-                )
-                if not (evaluates or saves):
-                    continue
-                self._read(*unread, batches)
+        depth = self.setup.run.data.prefetch
+        with (
+            Prefetcher(make_batch, first_step=start, depth=depth) as batches,
+            ThreadPoolExecutor(1, thread_name_prefix="batch digest") as self._thread,
+        ):
+            return self._run(state, start, batches)
+
+    def _run(self, state: State, start: int, batches: Prefetcher[Any]) -> tuple[Spike, int] | None:
+        enter = self.around.watch.enter
+        enter("data", start)
+        batch = batches.get(start)
+        train_step = self._compile(state, batch)
+        self._throughput.begin(start)
+        unread: tuple[int, Metrics] | None = None
+        for step in range(start + 1, self.total_steps + 1):
+            enter("step", step)
+            state, metrics = train_step(state, batch)
+            enter("data", step)
+            batch = batches.get(step)  # after the last step, too: its checkpoint holds what this batch gives
+            if unread is not None and (spike := self._read(*unread, batches)):
+                return spike, unread[0]
+            unread = step, metrics
+            ends = step == self.total_steps
+            stops = self.around.preemption.requested(reserve_seconds=self._longest_step + self._longest_save)
+            evaluates, saves, compares, times = self._due(step, ends, stops)
+            if evaluates or saves or compares or times:
+                if spike := self._read(*unread, batches):
+                    return spike, step
                 unread = None
-                if evaluates and not preempted:
-                    self._evaluate(state, step)
+                if evaluates:
+                    self._evaluate(state["params"], step)
+                if compares and not saves:
+                    self._compare_copies(self.setup.canonical.store(state), step)
                 if saves:
-                    self._save(state, step)
-                if preempted:
-                    self._stop(step)
-                self.throughput.begin(step, batches.wait_seconds)
-        self.checkpoints.wait()
-        self.record("finished", step=total_steps)
-        return state
+                    self._save(state, step, must=ends or stops)
+                if ends or stops:
+                    self._end(train_step, state, batch, step, stops and not ends)
+                if times:
+                    self._compare_times(step, batches)
+                self._throughput.begin(step, batches.wait_seconds)
+        return None
+
+    def _due(self, step: int, ends: bool, stops: bool) -> tuple[bool, bool, bool, bool]:
+        """Whether after a step the run evaluates, saves, compares copies of its arrays, and times of its processes."""
+        run = self.setup.run
+        times = self.around.stragglers is not None and _is_multiple(step, run.health.straggler_every)
+        evaluates = (ends or _is_multiple(step, run.train.eval_every)) and not (stops and not ends)
+        saves = ends or stops or _is_multiple(step, run.checkpoint.every_steps)
+        return evaluates, saves, _is_multiple(step, run.health.digest_every), times
 
     def _compile(self, state: State, batch: Any) -> Callable[..., Any]:
-        self.checkpoints.warm_up()
-        begin = time.perf_counter()
-        compiled = make_train_step(self.setup).lower(state, batch).compile()
-        memory = compiled.memory_analysis()
-        seconds = time.perf_counter() - begin
-        self.record("compiled", seconds=seconds, temp_bytes=memory.temp_size_in_bytes if memory else None)
-        self.reporter.message(f"compiled the step in {seconds:.1f} s")
-        return compiled
+        if self._program is None:
+            self.around.watch.enter("compile", self._first_step - 1)
+            self.around.checkpoints.warm_up()
+            begin = time.perf_counter()
+            lowered = make_train_step(self.setup).lower(state, batch)
+            self._program = lowered.compile()
+            memory, seconds = self._program.memory_analysis(), time.perf_counter() - begin
+            self.around.record("compiled", seconds=seconds, temp_bytes=memory.temp_size_in_bytes if memory else None)
+            self.around.reporter.message(f"compiled the step in {seconds:.1f} s")
+            self._program_digest = hashlib.blake2b(lowered.as_text().encode(), digest_size=8).hexdigest()
+        return self._program
 
-    def _read(self, step: int, metrics: Metrics, batches: Prefetcher) -> None:
-        """Waits for a step and reports it."""
+    def _read(self, step: int, metrics: Metrics, batches: Prefetcher[Any]) -> Spike | None:
+        """Waits for a step, judges it and reports it."""
+        self.around.watch.enter("wait", step)
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            self.record("spike", step=step, cause=f"loss {values['loss']}, gradient norm {values['grad_norm']}")
-            raise DivergedError(
-                f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}; the last "
-                "checkpoint is kept. Lower AdamW.learning_rate or lengthen its warmup, and start from an earlier step"
-            )
+        if step == self._first_step:
+            self._on_first_step(values, self._program_digest)
+        self._amend(step, values)
+        match self.detector.observe(step, values["loss"], values["grad_norm"], skipped=values["skipped"]):
+            case Spike() as spike:
+                return spike
+            case Skipped(cause):
+                self.around.record("skipped", step=step, cause=cause)
+                self.around.reporter.message(f"step {step}: {cause}; its update is skipped")
         train = self.setup.run.train
         if step % train.log_every == 0 or step == 1:
             optimizer: Any = train.optimizer
             tokens = self.data.sizes.tokens(step)
+            measured = self._throughput.measure(step, batches.wait_seconds)
+            self._longest_step = max(self._longest_step, measured["step_seconds"] or 0.0)
             record = {
                 "step": step,
                 "tokens": tokens,
-                **{name: value for name, value in values.items() if name != "target_tokens"},
+                **{name: value for name, value in values.items() if name not in ("target_tokens", "skipped")},
                 "learning_rate": optimizer.learning_rate_at(self.setup.run, step, tokens),
-                **self.throughput.measure(step, batches.wait_seconds),
+                **measured,
             }
-            self.reporter.log(record)
+            self.around.reporter.log(record)
+        return None
 
-    def _evaluate(self, state: State, step: int) -> None:
-        for name, loss, tokens in self.evaluation.losses(state["params"]):
-            self.reporter.evaluated(name, step, loss, tokens=tokens)
-
-    def _save(self, state: State, step: int) -> None:
+    def _evaluate(self, params: Any, step: int) -> None:
+        self.around.watch.enter("evaluate", step)
         begin = time.perf_counter()
-        meta = {**self.meta, "tokens": self.data.sizes.tokens(step), "samples": self.data.sizes.first_sample(step)}
-        self.checkpoints.save(step, self.setup.canonical.store(state), meta)
-        self.record("saved", step=step, seconds=time.perf_counter() - begin)
+        for name, loss, tokens in self._evaluation.losses(params):
+            self._validation[name] = loss
+            self.around.reporter.evaluated(name, step, loss, tokens=tokens)
+        self.around.record("evaluated", step=step, seconds=time.perf_counter() - begin)
 
-    def _stop(self, step: int) -> None:
-        self.checkpoints.wait()
-        cause = self.preemption.cause or "another process was asked to stop"
-        self.record("preempted", step=step, cause=cause)
-        raise PreemptedError(f"stopped after step {step} ({cause}); everything is saved: the same command goes on")
+    def _save(self, state: State, step: int, *, must: bool) -> None:
+        """Starts to save a state. Where there is no room for it the run goes on, if it may."""
+        self.around.watch.enter("save", step)
+        begin = time.perf_counter()
+        stored, probed = self.setup.canonical.store(state), self.setup.run.checkpoint.probe
+        digests = self._compare_copies(stored, step) if probed else None
+        meta = {
+            **self.meta,
+            "tokens": self.data.sizes.tokens(step),
+            "samples": self.data.sizes.first_sample(step),
+            "ledger": self.data.sizes.ledger(step),
+            "data": self.data.sizes.entry(step).to_json(),
+            "validation": self._validation,
+            "spikes": self.detector.state(),
+            **({} if digests is None else {"digests": digests.leaf_digests(), "program": self._program_digest}),
+        }
+        self._validation = {}
+        tries = LAST_TRIES if must else 1
+        while not (begun := self.around.checkpoints.save(step, stored, meta)) and (tries := tries - 1):
+            time.sleep(PAUSE_S)
+        if begun:
+            self._unproven = (step, self._digest_batch(step)) if probed else None
+            if not probed:
+                self.around.checkpoints.amend({})
+            seconds = time.perf_counter() - begin
+            self._longest_save = max(self._longest_save, seconds)
+            self.around.record("saved", step=step, seconds=seconds)
+        elif must:
+            self._refuse_to_end(step)
+
+    def _digest_batch(self, step: int) -> Future[str] | None:
+        """The digest of the batch after a step, made on the side, by process 0."""
+        if jax.process_index() > 0:
+            return None
+        return self._thread.submit(batch_digest, self.data.train, step, self.data.sizes.size(step))
+
+    def _amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds to the checkpoint of the step before what this step gave: whoever resumes there must get it again."""
+        if self._unproven is None or self._unproven[0] != step - 1:
+            return
+        batch = self._unproven[1]
+        self._unproven = None
+        probe = {name: values[name] for name in ("loss", "grad_norm")}
+        if not all(map(math.isfinite, probe.values())):
+            self.around.checkpoints.amend({})  # nothing that could be repeated
+        else:
+            self.around.checkpoints.amend({"probe": {**probe, "batch": None if batch is None else batch.result()}})
+
+    def _end(self, train_step: Any, state: State, batch: Any, step: int, stops: bool) -> None:
+        """Completes the last checkpoint of an attempt."""
+        if self._unproven is not None:
+            # The next step, of which only the metrics are kept. It runs while the checkpoint is written.
+            _, metrics = train_step(state, batch)
+            self._amend(step + 1, {name: np.asarray(value).tolist() for name, value in metrics.items()})
+        self.around.watch.enter("save", step)
+        if not self.around.checkpoints.wait():
+            self._refuse_to_end(step)
+        if stops:
+            cause = self.around.preemption.cause
+            self.around.record("preempted", step=step, cause=cause)
+            raise PreemptedError(f"stopped after step {step} ({cause}); everything is saved: the same command goes on")
+
+    def _refuse_to_end(self, step: int) -> None:
+        saved = self.around.checkpoints.steps()
+        raise UserError(
+            f"the checkpoint of step {step} could not be saved: make room on the disk of "
+            f"{self.around.checkpoints.directory}; the same command goes on from "
+            + (f"step {saved[-1]}" if saved else "the beginning")
+        )
+
+    def _compare_copies(self, stored: Any, step: int) -> Digests:
+        """Digests a state as checkpoints hold it. Ends the run where what should be copies of one array differ."""
+        digests = self.digester(stored)
+        if differing := digests.disagreements():
+            cause = describe(differing)
+            self.around.record("corruption", step=step, cause=cause)
+            raise StalledError(
+                f"step {step}: {cause}. A device computes or remembers wrongly; nothing of this is saved: take that "
+                "host out, and start again from the last checkpoint"
+            )
+        return digests
+
+    def _compare_times(self, step: int, batches: Prefetcher[Any]) -> None:
+        """Names processes that are slow by themselves. The devices have nothing to do."""
+        assert self.around.stragglers is not None
+        waited, self._waited = batches.wait_seconds - self._waited, batches.wait_seconds
+        for sentence in self.around.stragglers.compare(step, {"waiting for data": waited}):
+            self.around.reporter.message(sentence)
+
+
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

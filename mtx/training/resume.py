@@ -1,0 +1,190 @@
+"""Going on: what a run must be refused, what it must repeat, and that all processes find the same.
+
+    config    against the checkpoint's         what changes the math or the data is agreed to, or refused
+    stores    against the data ledger          the same content, or agreed to
+    arrays    digests of what was restored     against those of what was saved
+    step      the first one: batch, loss, norm against what the run had there before
+
+Decides which checks there are and in which order; what a difference means is in `proof.py` and `checkpoints/drift.py`.
+
+Invariant: where anything is refused, nothing has been written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mtx.checkpoints.drift import Drift
+from mtx.checkpoints.run_directory import RunDirectory
+from mtx.checkpoints.store import Checkpoints
+from mtx.config.reader import Config
+from mtx.data import ledger
+from mtx.data.course import in_force
+from mtx.data.entry import Entry
+from mtx.data.samples import Sources
+from mtx.data.training import TrainingData, open_training_data
+from mtx.errors import CheckpointError, DivergedError, UserError
+from mtx.training import proof
+from mtx.training.digest import Digester
+from mtx.training.state import Setup, State
+
+
+def all_follow_first(action: Callable[[], Any]) -> None:
+    """Has process 0 do something; where it refuses, all processes raise its error."""
+    error: UserError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as refused:
+            error = refused
+    if jax.process_count() > 1:
+        code = int(multihost_utils.broadcast_one_to_all(np.int32(0 if error is None else error.exit_code)))
+        if code and error is None:
+            kinds = {kind.exit_code: kind for kind in (UserError, DivergedError, CheckpointError)}
+            raise kinds[code]("process 0 says what is wrong")
+    if error is not None:
+        raise error
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a run goes on with.
+
+    Attributes:
+        data: Its stores, read as the ledger says.
+        entries: The entries of the ledger that hold.
+        drift: How its config differs from the checkpoint's; what changes the math or the data is accepted.
+    """
+
+    data: TrainingData
+    entries: Sequence[Entry]
+    drift: Drift
+
+
+def check(
+    config: Config,
+    directory: RunDirectory,
+    sources: Sources,
+    *,
+    step: int | None,
+    meta: Mapping[str, Any],
+    accept: frozenset[str],
+) -> Checked:
+    """Opens the data and refuses what does not go together; then notes what the run goes on with.
+
+    Args:
+        step: The checkpoint to go on from; None: the beginning.
+        meta: Of that checkpoint.
+        accept: Fields whose change is agreed to.
+
+    Raises:
+        UserError: The config or the data are others than those of the checkpoint, and that was not accepted.
+    """
+    run, path, start = config.run, directory.path, step or 0
+    entries = ledger.read_entries(path)
+    changed = {} if step is None else ledger.changed_stores(entries, run, sources, start)
+    if refused := {key: line for key, line in changed.items() if key not in accept}:
+        raise UserError(
+            "".join(f"{key}: {line}\n" for key, line in refused.items())
+            + "Put the stores back as they were; if the run "
+            f"is to go on with what they hold now, add {' '.join(f'--accept {key}' for key in refused)}"
+        )
+    entry = ledger.next_entry(entries, run, sources, start)
+    entries = in_force([*entries, entry] if entry else entries)
+    data = open_training_data(run, entries, sources)
+    drift = Drift()
+
+    def decide() -> None:
+        nonlocal drift
+        drift = directory.check_resume(
+            config, step=step, meta=meta, accepted=accept, tokenizer_files=data.tokenizer_files
+        )
+        directory.record(config, start)
+        if entry:
+            ledger.append(path, entry)
+
+    all_follow_first(decide)
+    accepted = *drift.accepted, *(f"{key}: {line}" for key, line in changed.items())
+    return Checked(data, entries, replace(drift, accepted=accepted))
+
+
+def restore(setup: Setup, checkpoints: Checkpoints, digester: Digester, step: int) -> tuple[State, dict[str, str]]:
+    """The state of a checkpoint, and in which way it is proven to be what was saved.
+
+    Raises:
+        CheckpointError: An array differs, by name.
+        UserError: It holds other arrays than this config describes.
+    """
+    abstract, meta = setup.canonical.abstract_state, checkpoints.meta(step)
+    if checkpoints.parts(step) == {"params"}:  # imported weights
+        restored = checkpoints.restore(step, {"params": abstract["params"]})
+        return setup.initialize(restored["params"]), {}
+    restored = checkpoints.restore(step, abstract)
+    proven = {}
+    if "digests" in meta:
+        proven["arrays"] = proof.prove_arrays(meta["digests"], digester(restored).leaf_digests(), step=step)
+    return setup.canonical.load(restored), proven
+
+
+def prove_first_step(
+    setup: Setup,
+    checked: Checked,
+    *,
+    step: int,
+    meta: Mapping[str, Any],
+    now: Mapping[str, Any],
+    values: Mapping[str, Any],
+) -> dict[str, str]:
+    """That the first step after a checkpoint is the one that the run did there before. Collective.
+
+    Args:
+        step: Updates done, the checkpoint's.
+        meta: Of that checkpoint.
+        now: The same about this program.
+        values: Metrics of the first step.
+
+    Returns:
+        In which way batch and step are proven; nothing where the checkpoint does not know its next step.
+
+    Raises:
+        UserError: They are others.
+    """
+    saved = meta.get("probe")
+    if saved is None:
+        return {}
+    data, entry = checked.data, checked.data.sizes.entry(step)
+    accepted = [line.partition(":")[0] for line in checked.drift.accepted]
+    if not accepted and not _draw_the_same(Entry.from_json(meta["data"]), entry):
+        accepted = [f"{ledger.NAME} ({entry.cause or 'other data'})"]
+    proven: dict[str, str] = {}
+
+    def prove_batch() -> None:
+        digest = proof.batch_digest(data.train, step, data.sizes.size(step))
+        proven["batch"] = proof.prove_batch(saved["batch"], digest, step=step, accepted=accepted)
+
+    all_follow_first(prove_batch)
+    kinds, platform = [meta["device_kind"], now["device_kind"]], setup.mesh.devices.flat[0].platform
+    differences = proof.program_differences(meta, now)
+    if not differences and not proof.is_deterministic(platform, os.environ.get("XLA_FLAGS", "")):
+        differences = ["GPU kernels give other bits each time, without --xla_gpu_deterministic_ops=true"]
+    proven["step"] = proof.prove_step(
+        saved,
+        {name: values[name] for name in ("loss", "grad_norm")},
+        step=step,
+        differences=differences,
+        tolerance=proof.tolerance_of(setup.run.precision.compute, kinds),
+        accepted=accepted,
+    )
+    return proven
+
+
+def _draw_the_same(one: Entry, other: Entry) -> bool:
+    """Whether both entries give the same batch at a step at which both hold."""
+    return one.same_data(other) and (one.step, one.skipped_samples) == (other.step, other.skipped_samples)

@@ -1,0 +1,319 @@
+"""The story of a run: open its directory, begin or restore and prove it, train, go back where it spikes, until it ends.
+
+Decides the order of things, and that all processes decide alike. What a step is, and what happens between steps, is in
+`loop.py`; what an attempt must repeat of the one before it, in `proof.py`.
+
+Invariant: nothing is written to a run directory before all that can be refused has been checked, and what a run
+computes depends on its config, its data ledger and its step alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mtx.checkpoints.drift import Drift
+from mtx.checkpoints.run_directory import RunDirectory, choose_step, digest_config
+from mtx.config.checks import require_training_data
+from mtx.config.layout import check_layout, resolve_mesh
+from mtx.config.reader import Config
+from mtx.data import ledger
+from mtx.data.course import in_force
+from mtx.data.entry import Entry
+from mtx.data.samples import Sources
+from mtx.data.training import TrainingData, open_training_data
+from mtx.errors import DivergedError, UserError
+from mtx.health import faults
+from mtx.health.deadline import Deadline
+from mtx.health.journal import Journal, read_journal
+from mtx.health.preemption import Preemption
+from mtx.health.spikes import Spike, SpikeDetector
+from mtx.health.stragglers import Stragglers
+from mtx.health.watch import Watch
+from mtx.jsonl import say
+from mtx.mesh import make_mesh
+from mtx.models import count_parameters
+from mtx.reports.reporter import Reporter
+from mtx.sharding import axis_sizes
+from mtx.training.loop import Loop, Surroundings
+from mtx.training.resume import all_follow_first, check, prove_first_step, restore
+from mtx.training.state import Setup, State
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run after its last step. Its state is in its last checkpoint."""
+
+    directory: RunDirectory
+    setup: Setup
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: str = "auto",
+    accept: frozenset[str] = frozenset(),
+    quiet: bool = False,
+) -> Trained:
+    """Trains, or goes on where the run directory stands, until the last step.
+
+    Args:
+        config: The run.
+        run_dir: Made where it does not exist.
+        resume: `auto` (the newest checkpoint that verifies), `never`, or the number of a step.
+        accept: Fields whose change against the checkpoint's config is agreed to, such as `Train.seed`.
+        quiet: Whether nothing is printed.
+
+    Raises:
+        UserError: The config does not fit the data, the devices or the run directory, or the resumed run does not
+            repeat what it did.
+        CheckpointError: There are checkpoints and none verifies, or one restores to other arrays than were saved.
+        DivergedError: The loss spiked, and the tries are used up.
+        PreemptedError: The process was asked to stop; everything is saved.
+        StalledError: A device computes wrongly, or another process is lost.
+    """
+    run = config.run
+    require_training_data(run)
+    counts = resolve_mesh(run.mesh, jax.device_count())
+    check_layout(run, counts, config.provenance)
+    setup = Setup(run, make_mesh(counts))
+    sources = Sources()
+    with ExitStack() as stack:
+        directory = _open_directory(config, run_dir, resume, sources, stack)
+        attempt = _Attempt(config, setup, directory, sources, stack, quiet=quiet)
+        attempt.run(resume, accept)
+    return Trained(directory, setup)
+
+
+def _open_directory(config: Config, run_dir: Path, resume: str, sources: Sources, stack: ExitStack) -> RunDirectory:
+    """The run directory, made where there is none, and locked until the stack is closed."""
+    exists = RunDirectory.exists(run_dir)
+    all_follow_first(lambda: None)  # before it is made, or others see half of it
+    if exists and resume == "never":
+        raise UserError(
+            f"{run_dir} is the directory of a run; --resume auto goes on with it, another --run-dir does not"
+        )
+    if not exists:
+        if resume not in ("auto", "never"):
+            raise UserError(f"--resume {resume}: {run_dir} does not exist")
+        files = open_training_data(config.run, sources=sources).tokenizer_files
+        all_follow_first(lambda: RunDirectory.create(run_dir, config.text(), files))
+    directory = RunDirectory.open(run_dir)
+    all_follow_first(lambda: stack.enter_context(directory.lock(report=say)))
+    return directory
+
+
+class _Attempt:
+    """What one process does in one attempt at a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        setup: Setup,
+        directory: RunDirectory,
+        sources: Sources,
+        stack: ExitStack,
+        *,
+        quiet: bool,
+    ) -> None:
+        self.config, self.setup, self.directory, self.sources, self.stack = config, setup, directory, sources, stack
+        self.is_primary, self.quiet = jax.process_index() == 0, quiet
+        self.reporter: Reporter | None = None
+        checkpoint, health = config.run.checkpoint, config.run.health
+        self.journal = Journal(directory.path, config_digest=digest_config(config), process=jax.process_index())
+        stack.callback(self.journal.close)
+        self.watch = stack.enter_context(
+            Watch(
+                directory.path,
+                process=jax.process_index(),
+                num_processes=jax.process_count(),
+                hang_timeout_s=health.hang_timeout_s,
+                peer_timeout_s=health.peer_timeout_s,
+                record=self.journal.record,
+            )
+        )
+        self.checkpoints = stack.enter_context(
+            directory.checkpoints(
+                keep_last=checkpoint.keep_last,
+                keep_every=checkpoint.keep_every,
+                keep_best=checkpoint.keep_best,
+                report=self.tell,
+                on_stored=lambda step, seconds, size: self.record(
+                    "stored", step=step, seconds=seconds, size_bytes=size
+                ),
+                on_failed=lambda step, cause: self.record("save_failed", step=step, cause=cause),
+                reach=faults.reach,
+            )
+        )
+        self.detector = self._make_detector()
+        self.entries: Sequence[Entry] = []
+        self.data: TrainingData
+
+    def _make_detector(self) -> SpikeDetector:
+        health = self.config.run.health
+        return SpikeDetector(
+            score=health.spike_score,
+            window=health.spike_window,
+            patience=health.spike_patience,
+            max_nonfinite=health.max_nonfinite,
+        )
+
+    def record(self, event: Any, **fields: Any) -> None:
+        """Tells the journal, once for all processes."""
+        if self.is_primary:
+            self.journal.record(event, **fields)
+
+    def tell(self, text: str) -> None:
+        """Tells a person."""
+        if self.reporter is not None:
+            self.reporter.message(text)
+        elif self.is_primary:
+            say(text)
+
+    def run(self, resume: str, accept: frozenset[str]) -> None:
+        """From where the run stands to its end."""
+        step = None if resume == "never" else choose_step(self.checkpoints, None if resume == "auto" else int(resume))
+        meta: Mapping[str, Any] = {} if step is None else self.checkpoints.meta(step)
+        start = step or 0
+        checked = check(self.config, self.directory, self.sources, step=step, meta=meta, accept=accept)
+        self.data, self.entries = checked.data, checked.entries
+        if step is not None:
+            self.checkpoints.set_aside_after(step)
+        train = self.config.run.train
+        total = self.data.sizes.step_at_tokens(train.tokens or 0) if train.steps is None else train.steps
+        self.reporter = self.stack.enter_context(
+            Reporter(
+                self.directory.path,
+                total_steps=total,
+                start_step=start,
+                quiet=self.quiet,
+                is_primary=self.is_primary,
+            )
+        )
+        self._introduce(step, total, checked.drift)
+        loop = Loop(self.setup, self._surroundings(), total, self._describe())
+        begin = time.perf_counter()
+        state, proven = self._restore_or_initialize(loop, step)
+        seconds = time.perf_counter() - begin
+
+        def on_first_step(values: Mapping[str, Any], program: str) -> None:
+            if step is not None:
+                now = {**loop.meta, "program": program}
+                proven.update(prove_first_step(self.setup, checked, step=step, meta=meta, now=now, values=values))
+                self.record("resumed", step=step, seconds=seconds, proof=proven)
+                self.tell("proven: " + ", ".join(f"{what} {how}" for what, how in proven.items()))
+
+        stopped = loop.run(state, start, self.data, self.detector, on_first_step)
+        del state  # it was consumed; after a roll-back there is room for one only
+        while stopped is not None:
+            start = self._go_back(*stopped)
+            state, _ = self._restore_or_initialize(loop, start if start in self.checkpoints.steps() else None)
+            stopped = loop.run(state, start, self.data, self.detector, lambda values, program: None)
+            del state
+        self.watch.enter("finish", total)
+        self.record("finished", step=total)
+
+    def _introduce(self, step: int | None, total: int, drift: Drift) -> None:
+        """Says what is going to be trained, and where."""
+        parameters, kind = count_parameters(self.config.run.model), jax.devices()[0].device_kind
+        mesh = {axis: size for axis, size in axis_sizes(self.setup.mesh).items() if size > 1}
+        self.record(
+            "start",
+            from_step=step,
+            devices=self.setup.mesh.size,
+            processes=jax.process_count(),
+            device_kind=kind,
+            mesh=mesh,
+            parameters=parameters,
+        )
+        layout = ", ".join(f"{axis} {size}" for axis, size in mesh.items()) or "one device"
+        self.tell(f"{self.directory.path}: {parameters:,} parameters, {total:,} steps, on {kind} ({layout})")
+        if drift.accepted:
+            self.record("accepted", step=step or 0, changes=drift.accepted)
+        if step is not None:
+            self.tell("\n  ".join([f"goes on from step {step}", *drift.free, *drift.accepted]))
+
+    def _surroundings(self) -> Surroundings:
+        run, processes = self.config.run, jax.process_count()
+        deadline = None if run.train.stop_before is None else Deadline(run.train.stop_before)
+        preemption = Preemption(process=jax.process_index(), num_processes=processes, deadline=deadline)
+        compares = processes > 1 and run.health.straggler_every is not None
+        assert self.reporter is not None
+        return Surroundings(
+            checkpoints=self.checkpoints,
+            record=self.record,
+            reporter=self.reporter,
+            preemption=self.stack.enter_context(preemption),
+            watch=self.watch,
+            stragglers=Stragglers(ratio=run.health.straggler_ratio, record=self.record) if compares else None,
+        )
+
+    def _describe(self) -> dict[str, Any]:
+        """What every checkpoint says about the program that wrote it."""
+        libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+        return {
+            "config_digest": digest_config(self.config),
+            "config": self.config.text(),
+            "mesh": axis_sizes(self.setup.mesh),
+            "processes": jax.process_count(),
+            "device_kind": self.setup.mesh.devices.flat[0].device_kind,
+            "versions": {name: version(name) for name in libraries},
+        }
+
+    def _restore_or_initialize(self, loop: Loop, step: int | None) -> tuple[State, dict[str, str]]:
+        if step is None:
+            self.watch.enter("initialize", 0)
+            return self.setup.initialize(), {}
+        self.watch.enter("restore", step)
+        if "spikes" in (meta := self.checkpoints.meta(step)):
+            self.detector.restore(meta["spikes"])
+        return restore(self.setup, self.checkpoints, loop.digester, step)
+
+    def _go_back(self, spike: Spike, reached: int) -> int:
+        """Undoes the steps from a spike on, and those before it up to a checkpoint; their data are skipped.
+
+        Returns:
+            The step to go on from.
+
+        Raises:
+            DivergedError: The tries are used up.
+        """
+        self.record("spike", step=reached, cause=spike.cause)
+        self.checkpoints.wait()
+        saved = self.checkpoints.steps()
+        self.checkpoints.set_aside_after(spike.first_step - 1)
+        start = (self.checkpoints.latest_verified() or 0) if saved else 0
+        most = self.config.run.health.max_rollbacks
+
+        def count_tries() -> None:
+            tries = sum(e["event"] == "rollback" and e["step"] == start for e in read_journal(self.directory.path))
+            if tries >= most:
+                raise DivergedError(
+                    f"step {reached}: {spike.cause}. After {tries} roll-backs to step {start} (Health.max_rollbacks = "
+                    f"{most}) the run ends; its checkpoints are kept. Lower AdamW.learning_rate or lengthen its "
+                    "warmup, and start from an earlier step (--resume STEP)"
+                )
+
+        all_follow_first(count_tries)
+        entry = ledger.skip(self.entries, start, reached, spike.cause)
+        skipped = self.data.sizes.first_sample(reached) - self.data.sizes.first_sample(start)
+        self.entries = in_force([*self.entries, entry])
+        if self.is_primary:
+            ledger.append(self.directory.path, entry)
+        self.record("rollback", step=start, from_step=reached, skipped_samples=skipped, cause=spike.cause)
+        self.data = open_training_data(self.config.run, self.entries, self.sources)
+        self.detector = self._make_detector()
+        assert self.reporter is not None
+        self.reporter.rewind(start)
+        self.tell(
+            f"step {reached}: {spike.cause}\ngoes back to step {start}, and on with the {skipped:,} samples after"
+        )
+        return start
