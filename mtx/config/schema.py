@@ -317,7 +317,7 @@ class Health:
         drift=FREE,
         doc="loss above the median by so many robust standard deviations is a spike; None: off",
     )
-    spike_window: int = setting(128, low=8, drift=FREE, doc="steps whose losses the median is taken of")
+    spike_window: int = setting(128, low=32, drift=FREE, doc="steps whose losses the median is taken of")
     spike_patience: int = setting(1, low=1, drift=FREE, doc="steps in a row above the threshold that make a spike")
     max_rollbacks: int = setting(
         3, low=0, drift=FREE, doc="times that a run goes back to one checkpoint and skips data; then exit code 3"

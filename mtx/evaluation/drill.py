@@ -24,7 +24,7 @@ STEPS = 16
 LATE = 3 * EVERY + 1
 """A step at which the checkpoint of step 2 * EVERY is complete."""
 
-Act = Literal["flip", "delete", "truncate", "corrupt data", "read-only", "full disk", "SIGTERM"]
+Act = Literal["flip", "delete", "truncate", "corrupt data", "read-only", "full disk", "filling disk", "SIGTERM"]
 Outcome = Literal["passed", "failed", "not possible here"]
 
 
@@ -63,7 +63,7 @@ class Scenario:
     @property
     def on_private_disk(self) -> bool:
         """Whether the run directory needs a file system of its own."""
-        return self.act in ("full disk", "read-only")
+        return self.act in ("full disk", "filling disk", "read-only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class Result:
         exit_codes: Of the processes of each attempt; negative for a signal.
         losses: Against the undisturbed run: `bit-equal`, or the largest relative difference; None: not compared.
         steps_lost: Steps that had to be done again.
+        seconds_to_end: From the fault to the end of the attempt, of all its processes.
         seconds_to_recover: From the fault (or from the restart, where the drill itself kept the run down) to the first
             step beyond it.
         seconds: That the scenario took.
@@ -91,6 +92,7 @@ class Result:
     exit_codes: list[list[int]] = dataclasses.field(default_factory=list)
     losses: str | None = None
     steps_lost: int | None = None
+    seconds_to_end: float | None = None
     seconds_to_recover: float | None = None
     seconds: float = 0.0
     run_dir: str | None = None
@@ -133,6 +135,11 @@ def list_scenarios(processes: int) -> list[Scenario]:
         Scenario(
             name="full-disk", what="a disk that is full at a save and has room again at the next", act="full disk",
             fault=f"stop:save:{2 * EVERY};sleep:step:{3 * EVERY - 1}:4;stop:save:{3 * EVERY}",
+            first_codes=(0,), may_lose=0, events=("save_failed",),
+        ),
+        Scenario(
+            name="filling-disk", what="a disk that fills up while a checkpoint is written, to the last byte",
+            act="filling disk", fault=f"stop:write:{2 * EVERY};sleep:step:{3 * EVERY - 1}:4;stop:save:{3 * EVERY}",
             first_codes=(0,), may_lose=0, events=("save_failed",),
         ),
         _damaged("read-only", "a run directory that cannot be written: refused until it can", "read-only"),

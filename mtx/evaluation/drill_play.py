@@ -116,7 +116,7 @@ class _Play:
     def run(self) -> None:
         """Raises: DrillError: Something was not as it must be."""
         scenario = self.scenario
-        restarts = scenario.act in (None, "full disk", "SIGTERM") and scenario.then is None
+        restarts = scenario.act in (None, "full disk", "filling disk", "SIGTERM") and scenario.then is None
         launch = Launch(
             processes=scenario.processes,
             devices=scenario.devices,
@@ -126,7 +126,7 @@ class _Play:
         )
         with Launched(self.place, self.run_dir, launch, folder=self.folder) as launched:
             since = launched.wait_for_faults(1)
-            if scenario.act == "full disk":
+            if scenario.act in ("full disk", "filling disk"):
                 self._fill_disk(launched)
             elif scenario.act == "SIGTERM":
                 self._terminate(launched)
@@ -197,10 +197,11 @@ class _Play:
             raise DrillError("refused, but checkpoints changed")
 
     def _fill_disk(self, launched: Launched) -> None:
-        """Fills the disk before a save, which fails while the run sleeps, and makes room before the next."""
+        """Fills the disk at a save, which fails while the run sleeps, and makes room before the next."""
         (pid,) = launched.pids()
         self._wait_until_stopped(pid)
-        ballast = faults.fill(self.disk, free_bytes=_checkpoint_bytes(self.reference) // 2)
+        free_bytes = _checkpoint_bytes(self.reference) // 2 if self.scenario.act == "full disk" else 0
+        ballast = faults.fill(self.disk, free_bytes)
         faults.go_on(pid)
         launched.wait_for_faults(3)
         self._wait_until_stopped(pid)
@@ -223,6 +224,8 @@ class _Play:
         if not ended:
             raise DrillError(f"no attempt came to its end: {last_words(launched.output)}")
         codes, seconds = ended[0]["codes"], ended[0]["time"] - since
+        if any(codes):
+            self.result = dataclasses.replace(self.result, seconds_to_end=seconds)
         if scenario.first_codes is not None and not set(codes) <= set(scenario.first_codes):
             raise DrillError(f"the first attempt ended with {codes}: {last_words(launched.output)}")
         if scenario.ends_within_s is not None and seconds > scenario.ends_within_s:

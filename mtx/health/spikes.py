@@ -113,6 +113,11 @@ class SpikeDetector:
         median = statistics.median(known)
         return loss - median, max(spread, _LEAST_RELATIVE_STD * abs(median), _LEAST_STD)
 
+    def forget(self) -> None:
+        """Begins anew, as where other data begin."""
+        self._losses.clear()
+        self._high.clear()
+
     def state(self) -> dict[str, Any]:
         """All that the detector remembers, as JSON values."""
         return {"losses": list(self._losses), "high": [list(pair) for pair in self._high], "skipped": self._skipped[:]}

@@ -38,8 +38,8 @@ class Reporter:
         self._sinks: list[MetricsFile | TensorBoard] = []
         self._terminal: PlainProgress | LiveProgress | None = None
         if is_primary:
-            self._sinks.append(MetricsFile(run_dir, start_step=start_step, warn=self._warn))
-            self._sinks.append(TensorBoard(run_dir, start_step=start_step, warn=self._warn))
+            self._sinks.append(MetricsFile(run_dir, start_step=start_step, warn=self.warn))
+            self._sinks.append(TensorBoard(run_dir, start_step=start_step, warn=self.warn))
             if not quiet:
                 self._terminal = open_progress(total_steps=total_steps, start_step=start_step)
 
@@ -88,7 +88,7 @@ class Reporter:
         if self._terminal:
             self._terminal.rewind(step)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """Prints a line that a quiet run prints, too."""
         if self._terminal:
             self._terminal.message(text)

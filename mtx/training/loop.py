@@ -55,10 +55,12 @@ class Surroundings:
 class Loop:
     """The steps of one attempt. The device always has a step to do: step n is dispatched, then n - 1 is read."""
 
-    def __init__(self, setup: Setup, around: Surroundings, total_steps: int, meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self, setup: Setup, digester: Digester, around: Surroundings, total_steps: int, meta: Mapping[str, Any]
+    ) -> None:
         """Args: total_steps: the last one; meta: what every checkpoint says about the program that wrote it."""
-        self.setup, self.around, self.total_steps, self.meta = setup, around, total_steps, meta
-        self.digester = Digester(setup.mesh)
+        self.setup, self.digester, self.around = setup, digester, around
+        self.total_steps, self.meta = total_steps, meta
         self._program: Any = None
         self._program_digest = ""
         self._longest_step = self._longest_save = 0.0
@@ -170,12 +172,14 @@ class Loop:
         if step == self._first_step:
             self._on_first_step(values, self._program_digest)
         self._amend(step, values)
+        if self.data.sizes.blend(step - 1) != self.data.sizes.blend(max(0, step - 2)):
+            self.detector.forget()  # the loss of other data is another one
         match self.detector.observe(step, values["loss"], values["grad_norm"], skipped=values["skipped"]):
             case Spike() as spike:
                 return spike
             case Skipped(cause):
                 self.around.record("skipped", step=step, cause=cause)
-                self.around.reporter.message(f"step {step}: {cause}; its update is skipped")
+                self.around.reporter.told("skipped", step=step, cause=cause)
         train = self.setup.run.train
         if step % train.log_every == 0 or step == 1:
             optimizer: Any = train.optimizer
@@ -212,7 +216,7 @@ class Loop:
             "samples": self.data.sizes.first_sample(step),
             "ledger": self.data.sizes.ledger(step),
             "data": self.data.sizes.entry(step).to_json(),
-            "validation": self._validation,
+            "validation": {name: loss if math.isfinite(loss) else None for name, loss in self._validation.items()},
             "spikes": self.detector.state(),
             **({} if digests is None else {"digests": digests.leaf_digests(), "program": self._program_digest}),
         }

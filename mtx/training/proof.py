@@ -47,7 +47,7 @@ Ten times the worst is allowed in bfloat16, whose error is that of a rounding, a
 with the length of sums: real models have rows a hundred times as long. A wrong collective is off by a half or by two.
 """
 
-PROGRAM = ("program", "mesh", "processes", "device_kind", "versions")
+PROGRAM = ("program", "mesh", "processes", "device_kind", "cores", "xla_flags", "versions")
 """What a checkpoint's meta says of the program that computed the probe; `program` digests all that was compiled."""
 
 

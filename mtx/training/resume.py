@@ -60,12 +60,16 @@ class Checked:
     Attributes:
         data: Its stores, read as the ledger says.
         entries: The entries of the ledger that hold.
+        new_entry: That of them which the ledger lacks.
         drift: How its config differs from the checkpoint's; what changes the math or the data is accepted.
+        accept: Fields whose change is agreed to, changed or not.
     """
 
     data: TrainingData
     entries: Sequence[Entry]
+    new_entry: Entry | None
     drift: Drift
+    accept: frozenset[str]
 
 
 def check(
@@ -77,7 +81,7 @@ def check(
     meta: Mapping[str, Any],
     accept: frozenset[str],
 ) -> Checked:
-    """Opens the data and refuses what does not go together; then notes what the run goes on with.
+    """Opens the data and refuses what does not go together. Writes nothing: see `note`.
 
     Args:
         step: The checkpoint to go on from; None: the beginning.
@@ -87,15 +91,9 @@ def check(
     Raises:
         UserError: The config or the data are others than those of the checkpoint, and that was not accepted.
     """
-    run, path, start = config.run, directory.path, step or 0
-    entries = ledger.read_entries(path)
+    run, start = config.run, step or 0
+    entries = ledger.read_entries(directory.path)
     changed = {} if step is None else ledger.changed_stores(entries, run, sources, start)
-    if refused := {key: line for key, line in changed.items() if key not in accept}:
-        raise UserError(
-            "".join(f"{key}: {line}\n" for key, line in refused.items())
-            + "Put the stores back as they were; if the run "
-            f"is to go on with what they hold now, add {' '.join(f'--accept {key}' for key in refused)}"
-        )
     entry = ledger.next_entry(entries, run, sources, start)
     entries = in_force([*entries, entry] if entry else entries)
     data = open_training_data(run, entries, sources)
@@ -106,13 +104,31 @@ def check(
         drift = directory.check_resume(
             config, step=step, meta=meta, accepted=accept, tokenizer_files=data.tokenizer_files
         )
-        directory.record(config, start)
-        if entry:
-            ledger.append(path, entry)
+        if refused := {key: line for key, line in changed.items() if key not in accept}:
+            lines = "".join(f"{key}: {line}\n" for key, line in refused.items())
+            raise UserError(
+                f"{lines}Put the stores back as they were; if the run is to go on with what they hold now, add "
+                f"{' '.join(f'--accept {key}' for key in refused)}"
+            )
 
     all_follow_first(decide)
     accepted = *drift.accepted, *(f"{key}: {line}" for key, line in changed.items())
-    return Checked(data, entries, replace(drift, accepted=accepted))
+    return Checked(data, entries, entry, replace(drift, accepted=accepted), accept)
+
+
+def note(config: Config, directory: RunDirectory, checked: Checked, *, step: int) -> None:
+    """Makes what was checked the run's own, from a step on. Collective.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+
+    def write() -> None:
+        directory.record(config, step)
+        if checked.new_entry:
+            ledger.append(directory.path, checked.new_entry)
+
+    all_follow_first(write)
 
 
 def restore(setup: Setup, checkpoints: Checkpoints, digester: Digester, step: int) -> tuple[State, dict[str, str]]:
@@ -167,7 +183,9 @@ def prove_first_step(
 
     def prove_batch() -> None:
         digest = proof.batch_digest(data.train, step, data.sizes.size(step))
-        proven["batch"] = proof.prove_batch(saved["batch"], digest, step=step, accepted=accepted)
+        proven["batch"] = proof.prove_batch(
+            saved["batch"], digest, step=step, accepted=accepted or sorted(checked.accept & {"Data.train"})
+        )
 
     all_follow_first(prove_batch)
     kinds, platform = [meta["device_kind"], now["device_kind"]], setup.mesh.devices.flat[0].platform

@@ -9,6 +9,7 @@ computes depends on its config, its data ledger and its step alone.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -42,8 +43,9 @@ from mtx.mesh import make_mesh
 from mtx.models import count_parameters
 from mtx.reports.reporter import Reporter
 from mtx.sharding import axis_sizes
+from mtx.training.digest import Digester
 from mtx.training.loop import Loop, Surroundings
-from mtx.training.resume import all_follow_first, check, prove_first_step, restore
+from mtx.training.resume import all_follow_first, check, note, prove_first_step, restore
 from mtx.training.state import Setup, State
 
 
@@ -86,9 +88,10 @@ def train(
     check_layout(run, counts, config.provenance)
     setup = Setup(run, make_mesh(counts))
     sources = Sources()
+    deadline = None if run.train.stop_before is None else Deadline(run.train.stop_before)
     with ExitStack() as stack:
         directory = _open_directory(config, run_dir, resume, sources, stack)
-        attempt = _Attempt(config, setup, directory, sources, stack, quiet=quiet)
+        attempt = _Attempt(config, setup, directory, sources, stack, deadline=deadline, quiet=quiet)
         attempt.run(resume, accept)
     return Trained(directory, setup)
 
@@ -104,8 +107,13 @@ def _open_directory(config: Config, run_dir: Path, resume: str, sources: Sources
     if not exists:
         if resume not in ("auto", "never"):
             raise UserError(f"--resume {resume}: {run_dir} does not exist")
-        files = open_training_data(config.run, sources=sources).tokenizer_files
-        all_follow_first(lambda: RunDirectory.create(run_dir, config.text(), files))
+        data = open_training_data(config.run, sources=sources)
+
+        def create() -> None:
+            data.train.read(0)  # a damaged store leaves no directory behind
+            RunDirectory.create(run_dir, config.text(), data.tokenizer_files)
+
+        all_follow_first(create)
     directory = RunDirectory.open(run_dir)
     all_follow_first(lambda: stack.enter_context(directory.lock(report=say)))
     return directory
@@ -122,19 +130,21 @@ class _Attempt:
         sources: Sources,
         stack: ExitStack,
         *,
+        deadline: Deadline | None,
         quiet: bool,
     ) -> None:
         self.config, self.setup, self.directory, self.sources, self.stack = config, setup, directory, sources, stack
         self.is_primary, self.quiet = jax.process_index() == 0, quiet
         self.reporter: Reporter | None = None
         checkpoint, health = config.run.checkpoint, config.run.health
-        self.journal = Journal(directory.path, config_digest=digest_config(config), process=jax.process_index())
+        process, processes = jax.process_index(), jax.process_count()
+        self.journal = Journal(directory.path, config_digest=digest_config(config), process=process, warn=self.warn)
         stack.callback(self.journal.close)
         self.watch = stack.enter_context(
             Watch(
                 directory.path,
-                process=jax.process_index(),
-                num_processes=jax.process_count(),
+                process=process,
+                num_processes=processes,
                 hang_timeout_s=health.hang_timeout_s,
                 peer_timeout_s=health.peer_timeout_s,
                 record=self.journal.record,
@@ -145,7 +155,7 @@ class _Attempt:
                 keep_last=checkpoint.keep_last,
                 keep_every=checkpoint.keep_every,
                 keep_best=checkpoint.keep_best,
-                report=self.tell,
+                report=self.warn,
                 on_stored=lambda step, seconds, size: self.record(
                     "stored", step=step, seconds=seconds, size_bytes=size
                 ),
@@ -153,6 +163,8 @@ class _Attempt:
                 reach=faults.reach,
             )
         )
+        # From here on: what asks to stop while a checkpoint is verified is honoured after the first step.
+        self.preemption = stack.enter_context(Preemption(process=process, num_processes=processes, deadline=deadline))
         self.detector = self._make_detector()
         self.entries: Sequence[Entry] = []
         self.data: TrainingData
@@ -171,11 +183,24 @@ class _Attempt:
         if self.is_primary:
             self.journal.record(event, **fields)
 
+    def _happened(self, event: Any, **fields: Any) -> None:
+        """Tells the journal and a person."""
+        self.record(event, **fields)
+        if self.reporter is not None:
+            self.reporter.told(event, **fields)
+
     def tell(self, text: str) -> None:
-        """Tells a person."""
+        """Tells a person, who may want it quiet."""
         if self.reporter is not None:
             self.reporter.message(text)
-        elif self.is_primary:
+        elif self.is_primary and not self.quiet:
+            say(text)
+
+    def warn(self, text: str) -> None:
+        """Tells a person in any case."""
+        if self.reporter is not None:
+            self.reporter.warn(text)
+        else:
             say(text)
 
     def run(self, resume: str, accept: frozenset[str]) -> None:
@@ -185,10 +210,19 @@ class _Attempt:
         start = step or 0
         checked = check(self.config, self.directory, self.sources, step=step, meta=meta, accept=accept)
         self.data, self.entries = checked.data, checked.entries
-        if step is not None:
-            self.checkpoints.set_aside_after(step)
         train = self.config.run.train
         total = self.data.sizes.step_at_tokens(train.tokens or 0) if train.steps is None else train.steps
+        self._introduce(step, total, checked.drift)
+        digester = Digester(self.setup.mesh)
+        begin = time.perf_counter()
+        state, proven = self._restore_or_initialize(digester, step)
+        seconds = time.perf_counter() - begin
+        note(self.config, self.directory, checked, step=start)
+        if checked.drift.accepted:
+            self.record("accepted", step=start, changes=checked.drift.accepted)
+            self.detector = self._make_detector()  # what was usual of other data or another program says nothing
+        if step is not None:
+            self.checkpoints.set_aside_after(step)
         self.reporter = self.stack.enter_context(
             Reporter(
                 self.directory.path,
@@ -198,11 +232,7 @@ class _Attempt:
                 is_primary=self.is_primary,
             )
         )
-        self._introduce(step, total, checked.drift)
-        loop = Loop(self.setup, self._surroundings(), total, self._describe())
-        begin = time.perf_counter()
-        state, proven = self._restore_or_initialize(loop, step)
-        seconds = time.perf_counter() - begin
+        loop = Loop(self.setup, digester, self._surroundings(), total, self._describe())
 
         def on_first_step(values: Mapping[str, Any], program: str) -> None:
             if step is not None:
@@ -215,7 +245,7 @@ class _Attempt:
         del state  # it was consumed; after a roll-back there is room for one only
         while stopped is not None:
             start = self._go_back(*stopped)
-            state, _ = self._restore_or_initialize(loop, start if start in self.checkpoints.steps() else None)
+            state, _ = self._restore_or_initialize(digester, start if start in self.checkpoints.steps() else None)
             stopped = loop.run(state, start, self.data, self.detector, lambda values, program: None)
             del state
         self.watch.enter("finish", total)
@@ -227,7 +257,7 @@ class _Attempt:
         mesh = {axis: size for axis, size in axis_sizes(self.setup.mesh).items() if size > 1}
         self.record(
             "start",
-            from_step=step,
+            step=step or 0,
             devices=self.setup.mesh.size,
             processes=jax.process_count(),
             device_kind=kind,
@@ -236,24 +266,20 @@ class _Attempt:
         )
         layout = ", ".join(f"{axis} {size}" for axis, size in mesh.items()) or "one device"
         self.tell(f"{self.directory.path}: {parameters:,} parameters, {total:,} steps, on {kind} ({layout})")
-        if drift.accepted:
-            self.record("accepted", step=step or 0, changes=drift.accepted)
         if step is not None:
             self.tell("\n  ".join([f"goes on from step {step}", *drift.free, *drift.accepted]))
 
     def _surroundings(self) -> Surroundings:
-        run, processes = self.config.run, jax.process_count()
-        deadline = None if run.train.stop_before is None else Deadline(run.train.stop_before)
-        preemption = Preemption(process=jax.process_index(), num_processes=processes, deadline=deadline)
-        compares = processes > 1 and run.health.straggler_every is not None
+        health = self.config.run.health
+        compares = jax.process_count() > 1 and health.straggler_every is not None
         assert self.reporter is not None
         return Surroundings(
             checkpoints=self.checkpoints,
             record=self.record,
             reporter=self.reporter,
-            preemption=self.stack.enter_context(preemption),
+            preemption=self.preemption,
             watch=self.watch,
-            stragglers=Stragglers(ratio=run.health.straggler_ratio, record=self.record) if compares else None,
+            stragglers=Stragglers(ratio=health.straggler_ratio, record=self.record) if compares else None,
         )
 
     def _describe(self) -> dict[str, Any]:
@@ -265,17 +291,19 @@ class _Attempt:
             "mesh": axis_sizes(self.setup.mesh),
             "processes": jax.process_count(),
             "device_kind": self.setup.mesh.devices.flat[0].device_kind,
+            "cores": os.cpu_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "versions": {name: version(name) for name in libraries},
         }
 
-    def _restore_or_initialize(self, loop: Loop, step: int | None) -> tuple[State, dict[str, str]]:
+    def _restore_or_initialize(self, digester: Digester, step: int | None) -> tuple[State, dict[str, str]]:
         if step is None:
             self.watch.enter("initialize", 0)
             return self.setup.initialize(), {}
         self.watch.enter("restore", step)
         if "spikes" in (meta := self.checkpoints.meta(step)):
             self.detector.restore(meta["spikes"])
-        return restore(self.setup, self.checkpoints, loop.digester, step)
+        return restore(self.setup, self.checkpoints, digester, step)
 
     def _go_back(self, spike: Spike, reached: int) -> int:
         """Undoes the steps from a spike on, and those before it up to a checkpoint; their data are skipped.
@@ -286,7 +314,7 @@ class _Attempt:
         Raises:
             DivergedError: The tries are used up.
         """
-        self.record("spike", step=reached, cause=spike.cause)
+        self._happened("spike", step=reached, cause=spike.cause)
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
         self.checkpoints.set_aside_after(spike.first_step - 1)
@@ -308,12 +336,9 @@ class _Attempt:
         self.entries = in_force([*self.entries, entry])
         if self.is_primary:
             ledger.append(self.directory.path, entry)
-        self.record("rollback", step=start, from_step=reached, skipped_samples=skipped, cause=spike.cause)
         self.data = open_training_data(self.config.run, self.entries, self.sources)
         self.detector = self._make_detector()
         assert self.reporter is not None
         self.reporter.rewind(start)
-        self.tell(
-            f"step {reached}: {spike.cause}\ngoes back to step {start}, and on with the {skipped:,} samples after"
-        )
+        self._happened("rollback", step=start, from_step=reached, skipped_samples=skipped, cause=spike.cause)
         return start

@@ -106,7 +106,7 @@ def test_mistakes(config, tmp_path):
 
 def test_scenarios_are_well_formed():
     scenarios = list_scenarios(3)
-    assert len({scenario.name for scenario in scenarios}) == len(scenarios) == 17
+    assert len({scenario.name for scenario in scenarios}) == len(scenarios) == 18
     for scenario in scenarios:
         assert parse_faults(scenario.fault)
         assert scenario.fault.count(":2") <= 1 or scenario.processes == 3
@@ -117,7 +117,7 @@ def test_scenarios_are_well_formed():
 def test_scenarios_that_are_not_possible_are_told(tmp_path):
     stage = Stage(Place(tmp_path, None, None, 1.0), no_mounts="nobody may mount")
     results = [stage.play(s) for s in list_scenarios(2) if s.on_private_disk]
-    assert [(r.outcome, r.detail) for r in results] == [("not possible here", "nobody may mount")] * 2
+    assert [(r.outcome, r.detail) for r in results] == [("not possible here", "nobody may mount")] * 3
     assert as_json(results)["ok"]
     assert not as_json([*results, Result(name="x", what="y", outcome="failed")])["ok"]
 

@@ -147,11 +147,11 @@ def test_nothing_follows_from_what_was_accepted():
 
 def test_what_makes_it_another_program():
     meta = {
-        "program": "1f", "mesh": {"data": 2}, "processes": 1, "device_kind": "cpu", "versions": {"jax": "1"},
-        "tokens": 7,
+        "program": "1f", "mesh": {"data": 2}, "processes": 1, "device_kind": "cpu", "cores": 2,
+        "xla_flags": "", "versions": {"jax": "1"}, "tokens": 7,
     }  # fmt: skip
     assert program_differences(meta, {**meta, "tokens": 9}) == []
-    others = {"program": "2e", "mesh": {"data": 4}, "processes": 2, "device_kind": "H200", "versions": {"jax": "2"}}
+    others = {"program": "2e", "mesh": {"data": 4}, "processes": 2, "device_kind": "H200", "xla_flags": "-", "cores": 4}
     for key, value in others.items():
         assert program_differences(meta, {**meta, key: value}) == [f"{key} {meta[key]} -> {value}"]
 
