@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from launch.job import LaunchError
 
@@ -195,8 +196,7 @@ class _Process:
 
     def _print(self, lines: Sequence[bytes]) -> None:
         text = b"".join(self._prefix + line + b"\n" for line in lines)
-        sys.stdout.write(text.decode("utf-8", "replace"))
-        sys.stdout.flush()
+        write(sys.stdout, text.decode("utf-8", "replace"))
 
     def _write_log(self, data: bytes) -> None:
         """A full disk costs the log what does not fit, never the run."""
@@ -208,6 +208,15 @@ class _Process:
             if not self._log_fails:
                 self._say(f"the log misses what follows until it can be written again: {error.strerror}")
             self._log_fails = True
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Writes to the terminal. Where that has gone, nobody is told any more, and the run goes on."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _die_with_parent() -> None:

@@ -24,11 +24,11 @@ from typing import Any
 
 from launch import restarts
 from launch.job import ATTEMPTS, LOGS, Job, LaunchError, find_run_dir, keep
-from launch.processes import Attempt
+from launch.processes import Attempt, write
 
 HELP = "processes on this machine, started again when they fail"
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,8 @@ class _Loop:
         self.signals: list[int] = []
 
     def run(self) -> int:
-        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+        previous = {number: signal.signal(number, self._handle) for number in heard}
         try:
             newest, failures = restarts.newest_step(self.job.run_dir), 0
             while True:
@@ -199,13 +200,13 @@ class _Loop:
             time.sleep(0.05)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Passes a signal on; an interrupt as SIGTERM, after which a run saves."""
-        self.signals.append(signal.SIGTERM if number == signal.SIGINT else number)
+        """Passes a signal on; what a terminal sends as SIGTERM, after which a run saves."""
+        self.signals.append(number if number == signal.SIGUSR1 else signal.SIGTERM)
 
 
 def say(line: str) -> None:
     """Tells the user, apart from what the processes print."""
-    print(f"launch: {line}", file=sys.stderr, flush=True)
+    write(sys.stderr, f"launch: {line}\n")
 
 
 def _free_port() -> int:

@@ -83,7 +83,7 @@ def play_kills(
     chance, begin, done, early = random.Random(seed), time.monotonic(), 0, 0
     tops: list[int] = []  # steps that were logged when the kill came
     detail = ""
-    launch = Launch(max_restarts=kills + 1)
+    launch = Launch(max_restarts=kills + 1, backoff_s=0.0)
     with Launched(place, run_dir, launch) as launched:
 
         def wait_for(event: str, number: int) -> None:

@@ -49,13 +49,15 @@ class Launch:
         devices: Simulated ones of each process.
         fault: What `MTX_FAULT` says.
         max_restarts: Failures without progress that are put up with.
-        grace_s: See `launch.job.Job`.
+        backoff_s: See `launch.job.Job`.
+        grace_s: As well.
     """
 
     processes: int = 1
     devices: int = 1
     fault: str | None = None
     max_restarts: int = 2
+    backoff_s: float = 0.2
     grace_s: float = 20.0
 
 
@@ -109,7 +111,7 @@ class Launched:
             "processes": self.launch.processes,
             "max-restarts": self.launch.max_restarts,
             "grace-s": self.launch.grace_s,
-            "backoff-s": 0.2,
+            "backoff-s": self.launch.backoff_s,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         self.output = self.folder / f"launch-{number}.log"

@@ -137,12 +137,22 @@ def test_user_mistake_of_one_process_ends_the_run(tmp_path):
     assert launch(tmp_path, "listen", "2").returncode == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on_and_end_the_loop(tmp_path, number):
     with launched(tmp_path, "listen", "listen") as process:
         process.send_signal(number)
         assert process.wait(timeout=20) == 4
     assert attempts(tmp_path) == 1
+
+
+def test_nobody_has_to_read_the_output(tmp_path):
+    command = words(tmp_path, "6,kill,0")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(timeout=30) == 0
+    assert attempts(tmp_path) == 3
+    assert (tmp_path / "logs/3/0.log").read_text() == "process 0 of None does 0\n"
 
 
 def test_second_signal_kills(tmp_path):
