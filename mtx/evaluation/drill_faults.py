@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ def make_room_for_mounts() -> str | None:
             Path("/proc/self/uid_map").write_text(f"0 {user} 1")
             Path("/proc/self/gid_map").write_text(f"0 {group} 1")
         _mount("--make-rprivate", "/")
+        with tempfile.TemporaryDirectory() as name, small_disk(Path(name) / "trial", 1 << 20):
+            pass
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         return f"no mounts: {_reason(error)}"
     return None

@@ -101,7 +101,8 @@ def _disk_of(play: _Play) -> Iterator[None]:
         try:
             yield
         finally:
-            shutil.copytree(play.run_dir, play.folder / "run", dirs_exist_ok=True)
+            if play.run_dir.exists():
+                shutil.copytree(play.run_dir, play.folder / "run")
 
 
 class _Play:
@@ -181,13 +182,17 @@ class _Play:
                 launched.expect(2)
             said = launched.output.read_text(errors="replace")
         else:
-            done = subprocess.run(
-                [*self.place.command, "--run-dir", self.run_dir],
-                env=self.place.variables(1),
-                capture_output=True,
-                text=True,
-                timeout=self.place.timeout_s,
-            )
+            command = [*self.place.command, "--run-dir", self.run_dir]
+            try:
+                done = subprocess.run(
+                    command,
+                    env=self.place.variables(1),
+                    capture_output=True,
+                    text=True,
+                    timeout=self.place.timeout_s,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise DrillError(f"hangs: not refused after {self.place.timeout_s:.0f} s") from error
             said = done.stderr
             if done.returncode != 2:
                 raise DrillError(f"exit code {done.returncode} instead of 2: {said.strip()[-300:]}")
