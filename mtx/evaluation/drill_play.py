@@ -182,7 +182,7 @@ class _Play:
                 launched.expect(2)
             said = launched.output.read_text(errors="replace")
         else:
-            command = [*self.place.command, "--run-dir", self.run_dir]
+            command = [*self.place.command, "--run-dir", str(self.run_dir)]
             try:
                 done = subprocess.run(
                     command,
