@@ -8,6 +8,7 @@ Invariant: nothing that happens to these files ends a run or holds it up.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -50,14 +51,14 @@ class TensorBoard:
         self._attempt(begin)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Writes every number of a record but its step."""
+        """Writes every finite number of a record but its step."""
         from tensorboardX.summary import scalar
 
         prefix = f"eval/{record['eval']}" if "eval" in record else "train"
 
         def write() -> None:
             for key, value in record.items():
-                if key != "step" and isinstance(value, int | float):
+                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
                     self._write(step=record["step"], summary=scalar(f"{prefix}/{key}", value))
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self._flushed = time.monotonic()

@@ -317,6 +317,11 @@ class _Attempt:
         self._happened("spike", step=reached, cause=spike.cause)
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
+        if saved and saved[0] >= spike.first_step:
+            raise DivergedError(
+                f"step {reached}: {spike.cause}. No checkpoint is older than that, so there is nothing to go back to. "
+                "Lower AdamW.learning_rate or lengthen its warmup, and start a new run"
+            )
         self.checkpoints.set_aside_after(spike.first_step - 1)
         start = (self.checkpoints.latest_verified() or 0) if saved else 0
         most = self.config.run.health.max_rollbacks
