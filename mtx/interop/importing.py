@@ -6,6 +6,8 @@ wrong with the files is found before the run directory is made.
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,9 +48,15 @@ def import_run(path: Path, out: Path, overrides: Sequence[str] = ()) -> RunDirec
         check_tensors(source, tensors, abstract_params, ignored=family.IGNORED)
         tokenizer_files = _find_tokenizer_files(path)
         params = load_params(source, tensors, abstract_params)
-    directory = RunDirectory.create(out, config.text(), tokenizer_files)
-    save_initial(directory, params, {"imported_from": str(path.absolute()), "config_digest": digest_config(config)})
-    return directory
+    meta = {"imported_from": str(path.absolute()), "config_digest": digest_config(config)}
+    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        save_initial(RunDirectory.create(draft, config.text(), tokenizer_files), params, meta)
+        draft.rename(out)  # only now: a run directory without its weights would begin with others
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return RunDirectory.open(out)
 
 
 def _make_config(model: schema.Model, source: str, overrides: Sequence[str]) -> reader.Config:
