@@ -107,11 +107,20 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def heed(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Finds out whether an exception on its way out comes from the loss of another process, and ends this one then.
+
+        For `ExitStack.push`, above whatever waits for other processes when it is closed.
+        """
+        if error is None or self._error is not None:
+            return
         self._error = error
-        code = 0 if error is None else _exit_code(error)
-        if code == 1 and self._others:  # no mistake of the user's: maybe another process was lost; the thread looks
+        if _exit_code(error) == 1 and self._others:  # no mistake of the user's: the thread looks
             time.sleep(LOST_S + 3 * TICK_S)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.heed(kind, error, trace)
+        code = 0 if error is None else _exit_code(error)
         self._closed.set()
         self._thread.join()
         self._see(0.0)

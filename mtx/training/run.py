@@ -163,6 +163,7 @@ class _Attempt:
                 reach=faults.reach,
             )
         )
+        stack.push(self.watch.heed)
         # From here on: what asks to stop while a checkpoint is verified is honoured after the first step.
         self.preemption = stack.enter_context(Preemption(process=process, num_processes=processes, deadline=deadline))
         self.detector = self._make_detector()
