@@ -21,7 +21,14 @@ class Reporter:
     """The sinks of one attempt of a run. Used as a context manager, it closes them at the end."""
 
     def __init__(
-        self, run_dir: Path, *, total_steps: int, start_step: int = 0, quiet: bool = False, is_primary: bool = True
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        quiet: bool = False,
+        is_primary: bool = True,
+        waits: bool = False,
     ) -> None:
         """Opens the sinks.
 
@@ -31,17 +38,28 @@ class Reporter:
             start_step: Step that this attempt goes on from; what was recorded of later ones is moved aside.
             quiet: Whether nothing is printed.
             is_primary: Whether this is process 0.
+            waits: Whether no file is touched before `begin`; until then there are messages only.
 
         Raises:
             UserError: The metrics cannot be written.
         """
         self._sinks: list[MetricsFile | TensorBoard] = []
         self._terminal: PlainProgress | LiveProgress | None = None
-        if is_primary:
-            self._sinks.append(MetricsFile(run_dir, start_step=start_step, warn=self.warn))
-            self._sinks.append(TensorBoard(run_dir, start_step=start_step, warn=self.warn))
-            if not quiet:
-                self._terminal = open_progress(total_steps=total_steps, start_step=start_step)
+        self._run_dir, self._start_step, self._is_primary = run_dir, start_step, is_primary
+        if not waits:
+            self.begin()
+        if is_primary and not quiet:
+            self._terminal = open_progress(total_steps=total_steps, start_step=start_step)
+
+    def begin(self) -> None:
+        """Opens the files; what was recorded of steps after `start_step` is moved aside.
+
+        Raises:
+            UserError: The metrics cannot be written.
+        """
+        if self._is_primary:
+            self._sinks.append(MetricsFile(self._run_dir, start_step=self._start_step, warn=self.warn))
+            self._sinks.append(TensorBoard(self._run_dir, start_step=self._start_step, warn=self.warn))
 
     def __enter__(self) -> Reporter:
         return self

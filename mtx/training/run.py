@@ -3,8 +3,9 @@
 Decides the order of things, and that all processes decide alike. What a step is, and what happens between steps, is in
 `loop.py`; what an attempt must repeat of the one before it, in `proof.py`.
 
-Invariant: nothing is written to a run directory before all that can be refused has been checked, and what a run
-computes depends on its config, its data ledger and its step alone.
+Invariant: of a run that goes on nothing changes before all that can be refused has been checked and its first step is
+proven (the journal and signs of life aside), and what a run computes depends on its config, its data ledger and its
+step alone.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from mtx.reports.reporter import Reporter
 from mtx.sharding import axis_sizes
 from mtx.training.digest import Digester
 from mtx.training.loop import Loop, Surroundings
-from mtx.training.resume import all_follow_first, check, note, prove_first_step, restore
+from mtx.training.resume import Checked, all_follow_first, check, note, prove_first_step, restore
 from mtx.training.state import Setup, State
 
 
@@ -218,12 +219,8 @@ class _Attempt:
         begin = time.perf_counter()
         state, proven = self._restore_or_initialize(digester, step)
         seconds = time.perf_counter() - begin
-        note(self.config, self.directory, checked, step=start)
         if checked.drift.accepted:
-            self.record("accepted", step=start, changes=checked.drift.accepted)
             self.detector = self._make_detector()  # what was usual of other data or another program says nothing
-        if step is not None:
-            self.checkpoints.set_aside_after(step)
         self.reporter = self.stack.enter_context(
             Reporter(
                 self.directory.path,
@@ -231,15 +228,21 @@ class _Attempt:
                 start_step=start,
                 quiet=self.quiet,
                 is_primary=self.is_primary,
+                waits=True,
             )
         )
+        if start >= total:  # no step is left to prove it by
+            self._begin(checked, step)
         loop = Loop(self.setup, digester, self._surroundings(), total, self._describe())
 
         def on_first_step(values: Mapping[str, Any], program: str) -> None:
             if step is not None:
                 now = {**loop.meta, "program": program}
                 proven.update(prove_first_step(self.setup, checked, step=step, meta=meta, now=now, values=values))
+            self._begin(checked, step)
+            if step is not None:
                 self.record("resumed", step=step, seconds=seconds, proof=proven)
+            if proven:
                 self.tell("proven: " + ", ".join(f"{what} {how}" for what, how in proven.items()))
 
         stopped = loop.run(state, start, self.data, self.detector, on_first_step)
@@ -251,6 +254,16 @@ class _Attempt:
             del state
         self.watch.enter("finish", total)
         self.record("finished", step=total)
+
+    def _begin(self, checked: Checked, step: int | None) -> None:
+        """Makes what was checked and proven the run's own: from here on files change. Collective."""
+        assert self.reporter is not None
+        note(self.config, self.directory, checked, step=step or 0)
+        if checked.drift.accepted:
+            self.record("accepted", step=step or 0, changes=checked.drift.accepted)
+        if step is not None:
+            self.checkpoints.set_aside_after(step)
+        self.reporter.begin()
 
     def _introduce(self, step: int | None, total: int, drift: Drift) -> None:
         """Says what is going to be trained, and where."""
