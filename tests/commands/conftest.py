@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from programs import ROOT, environment, run
+from programs import ROOT, environment, run, start
 
+from mtx.checkpoints import manifest
 from mtx.checkpoints.run_directory import RunDirectory
 from mtx.config.schema import Mesh
+from mtx.health.journal import read_journal
 from mtx.mesh import make_mesh
 from mtx.reports.metrics import read_metrics
 from mtx.training.state import Setup
@@ -63,13 +68,52 @@ class Workplace:
         return environment(devices, MTX_COMPILATION_CACHE=str(self.folder / "xla"), **more)
 
     def train(
-        self, name: str, *settings: str, devices: int = 1, check: bool = True
+        self, name: str, *settings: str, options: Sequence[str] = (), devices: int = 1, check: bool = True, **more: str
     ) -> subprocess.CompletedProcess[str]:
-        command = self.command(name, *settings, devices=devices)
+        """Options of the command, and `more` variables of its environment."""
+        command = [*self.command(name, *settings, devices=devices), *options]
         process: subprocess.CompletedProcess[str] = run(
-            command, env=self.environment(devices), timeout_s=200, check=check
+            command, env=self.environment(devices, **more), timeout_s=200, check=check
         )
         return process
+
+    def interrupt(self, name: str, after: int, signal_number: int) -> int:
+        """Trains until a step is done, then sends the signal. Slowed down, so that it is still running.
+
+        Returns:
+            The exit code.
+        """
+        settings = ["Train.eval_every = 1", "Train.eval_batches = 50", "Checkpoint.every_steps = 2"]
+        process = start(self.command(name, *settings), env=self.environment())
+        deadline, metrics = time.monotonic() + 120, self.folder / name / "metrics.jsonl"
+        try:
+            while not (metrics.exists() and f'"step": {after},' in metrics.read_text()):
+                assert process.poll() is None, "it ended before it was interrupted"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal_number)
+            return process.wait(timeout=100)
+        finally:
+            process.kill()
+
+    def copy(self, name: str, copied: str) -> Path:
+        """A run like another one, to spoil; its directory."""
+        return Path(shutil.copytree(self.folder / name, self.folder / copied))
+
+    def events(self, name: str, event: str) -> list[dict[str, Any]]:
+        """Lines of the journal."""
+        return [record for record in read_journal(self.folder / name) if record["event"] == event]
+
+    def meta(self, name: str, step: int) -> dict[str, Any]:
+        """What a checkpoint says beside its arrays."""
+        return manifest.read(self.folder / name / "checkpoints" / str(step)).meta
+
+    def content(self, name: str) -> dict[str, bytes]:
+        """What a run directory holds, besides what every attempt says about itself."""
+        folder = self.folder / name
+        signs = ("lock", "journal.jsonl", "heartbeats", "stacks")
+        paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+        return {str(path): file.read_bytes() for path, file in paths.items() if path.parts[0] not in signs}
 
     def records(self, name: str) -> list[dict[str, Any]]:
         return read_metrics(self.folder / name)

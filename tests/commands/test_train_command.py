@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
-from programs import ROOT, run_processes, start
+from programs import ROOT, run_processes
 
 GOLDEN = ROOT / "tests/golden/losses.json"
 KEYS = {
@@ -63,33 +62,17 @@ def test_resumed_run_is_bit_equal(workplace, straight):
     assert_same_arrays(workplace, "resumed", straight)
 
 
-def interrupt(workplace, name, after, signal_number):
-    """Trains until a step is done, then sends the signal; the exit code. Slowed down, so that it is still running."""
-    settings = ["Train.eval_every = 1", "Train.eval_batches = 50", "Checkpoint.every_steps = 2"]
-    process = start(workplace.command(name, *settings), env=workplace.environment())
-    deadline, metrics = time.monotonic() + 120, workplace.folder / name / "metrics.jsonl"
-    try:
-        while not (metrics.exists() and f'"step": {after},' in metrics.read_text()):
-            assert process.poll() is None, "it ended before it was interrupted"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal_number)
-        return process.wait(timeout=100)
-    finally:
-        process.kill()
-
-
 @pytest.mark.slow
 def test_interrupted_run_is_bit_equal(workplace, straight):
     name = "interrupted"
-    assert interrupt(workplace, name, 3, signal.SIGTERM) == 4
+    assert workplace.interrupt(name, 3, signal.SIGTERM) == 4
     stopped = max(step for step, _, _ in workplace.losses(name))
     assert stopped < 20
     events = [json.loads(line) for line in (workplace.folder / name / "journal.jsonl").read_text().splitlines()]
     assert (events[-1]["event"], events[-1]["step"]) == ("preempted", stopped)
     assert str(stopped) in os.listdir(workplace.folder / name / "checkpoints")  # nothing that was done is lost
 
-    assert interrupt(workplace, name, stopped + 5, signal.SIGKILL) == -signal.SIGKILL
+    assert workplace.interrupt(name, stopped + 5, signal.SIGKILL) == -signal.SIGKILL
     assert max(step for step, _, _ in workplace.losses(name)) < 20
     workplace.train(name)
     lines = [line for line in workplace.losses(name) if line[1] is None or line[0] == 20]
