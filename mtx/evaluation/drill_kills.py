@@ -43,7 +43,7 @@ class Kills:
 
     Attributes:
         kills: How many there were.
-        early: How many of them before the first step of a process.
+        early: How many of them before the run was beyond where the kill before had found it.
         steps: Of the run.
         steps_lost: That were done again, in all.
         most_lost: After one kill.
