@@ -150,9 +150,9 @@ def _tell(args: argparse.Namespace, line: str) -> None:
 
 def _describe(kills: Kills) -> str:
     return (
-        f"{kills.kills} kills, {kills.early} of them before it got further, over {kills.steps} steps: {kills.steps_lost} steps "
-        f"done again, at most {kills.most_lost} after one kill; losses {kills.losses}; {kills.seconds:.0f} s; "
-        + ("passed" if kills.ok else f"FAILED: {kills.detail}")
+        f"{kills.kills} kills, {kills.early} of them before it got further, over {kills.steps} steps: "
+        f"{kills.steps_lost} steps done again, at most {kills.most_lost} after one kill; "
+        f"losses {kills.losses}; {kills.seconds:.0f} s; " + ("passed" if kills.ok else f"FAILED: {kills.detail}")
     )
 
 
