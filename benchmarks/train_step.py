@@ -56,7 +56,6 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from mtx.health.revision import find_git_revision
     from mtx.models import count_parameters
     from mtx.planning.flops import model_flops_per_token
     from mtx.planning.hardware import find_gpu
@@ -117,13 +116,7 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
     statistics_of_device = device.memory_stats() or {}
     memory = step.memory_analysis()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "environment": {name: os.environ[name] for name in ("GLIBC_TUNABLES", "XLA_FLAGS") if name in os.environ},
-        "git_revision": find_git_revision(Path(__file__).parent),
-        "date": datetime.date.today().isoformat(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": device.device_kind},
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-        | {"python": platform.python_version()},
+        **describe_measurement(device.device_kind),
         "parameters": count_parameters(run.model),
         "devices": setup.mesh.size,
         "tokens_per_second": rows * seq_len / median,
@@ -140,6 +133,21 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
         "peak_device_bytes": statistics_of_device.get("peak_bytes_in_use"),
         "first_loss": first_loss,
         "share_of_operations": shares,
+    }
+
+
+def describe_measurement(device_kind: str) -> dict[str, object]:
+    """What a figure is worth nothing without: command, environment, revision, date, machine, versions."""
+    from mtx.health.revision import find_git_revision
+
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "environment": {name: os.environ[name] for name in ("GLIBC_TUNABLES", "XLA_FLAGS") if name in os.environ},
+        "git_revision": find_git_revision(Path(__file__).parent),
+        "date": datetime.date.today().isoformat(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": device_kind},
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+        | {"python": platform.python_version()},
     }
 
 
