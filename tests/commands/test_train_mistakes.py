@@ -114,6 +114,7 @@ def test_corrupt_store(mistake, workplace, tmp_path):
     message = mistake(f"Data.train = {{'{tmp_path}/store': 1.0}}")
     assert f"{tmp_path}/store" in message
     assert "damaged" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_resume_of_what_is_not_there(mistake, workplace, straight, tmp_path):
