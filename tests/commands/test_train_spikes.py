@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from programs import run
+from programs import run, run_processes
 
 from mtx.checkpoints.run_directory import RunDirectory
 from mtx.data import integrity
@@ -124,6 +124,16 @@ def test_killed_around_a_spike_is_bit_equal(workplace, noisy, healed):
     assert len(events(workplace, "killed", "rollback")) == 2
 
 
+@pytest.mark.slow
+def test_two_processes_go_back_together(workplace, noisy, healed):
+    name = "healed-by-two"
+    run_processes(workplace.command(name, *noisy), count=2, env=workplace.environment())
+    went_back = [(event["from_step"], event["step"]) for event in events(workplace, name, "rollback")]
+    assert went_back == [(46, 44), (45, 44)]
+    losses, expected = ([loss for _, _, loss in workplace.losses(one)] for one in (name, healed))
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("most", [0, 1])
 def test_tries_are_bounded(workplace, noisy, most):
     name = f"at-most-{most}"
@@ -133,7 +143,7 @@ def test_tries_are_bounded(workplace, noisy, most):
     assert "Traceback" not in process.stderr
     directory = RunDirectory.open(workplace.folder / name)
     with directory.checkpoints(read_only=True) as checkpoints:
-        assert checkpoints.steps() == [*range(8, 45, 4)]
+        assert checkpoints.steps() == [*range(8, 45, 4)]  # the last ten
         assert checkpoints.verify(44) == []
 
 
