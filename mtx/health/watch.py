@@ -124,7 +124,8 @@ class Watch:
         self._closed.set()
         self._thread.join()
         self._see(0.0)
-        cause = f"{describe([self._own()])} ended with exit code {code}: {type(error).__name__}: {error}"
+        why = ": ".join(filter(None, [type(error).__name__, str(error)]))  # Ctrl-C says nothing
+        cause = f"{describe([self._own()])} ended with exit code {code}: {why}"
         self._beat(code, cause if error else None)
         if error is not None and self._others:
             threading.Thread(target=self._leave, args=(code,), name="leave", daemon=True).start()
