@@ -9,6 +9,7 @@ Invariant: nothing of a step is told or saved before its metrics were read and f
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -215,7 +216,7 @@ class Loop:
             "tokens": self.data.sizes.tokens(step),
             "samples": self.data.sizes.first_sample(step),
             "ledger": self.data.sizes.ledger(step),
-            "data": self.data.sizes.entry(step).to_json(),
+            "data": json.dumps(self.data.sizes.entry(step).to_json()),  # text: a manifest would sort the stages
             "validation": {name: loss if math.isfinite(loss) else None for name, loss in self._validation.items()},
             "spikes": self.detector.state(),
             **({} if digests is None else {"digests": digests.leaf_digests(), "program": self._program_digest}),

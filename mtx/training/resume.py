@@ -12,6 +12,7 @@ Invariant: where anything is refused, nothing has been written.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -177,7 +178,7 @@ def prove_first_step(
         return {}
     data, entry = checked.data, checked.data.sizes.entry(step)
     accepted = [line.partition(":")[0] for line in checked.drift.accepted]
-    if not accepted and not _draw_the_same(Entry.from_json(meta["data"]), entry):
+    if not accepted and not _draw_the_same(Entry.from_json(json.loads(meta["data"])), entry):
         accepted = [f"{ledger.NAME} ({entry.cause or 'other data'})"]
     proven: dict[str, str] = {}
 
