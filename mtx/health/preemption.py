@@ -14,15 +14,16 @@ import types
 from typing import Any
 
 from mtx.health.deadline import Deadline
+from mtx.jsonl import say
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send ahead of a kill, and what a user may send."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What schedulers send ahead of a kill, and what a user may send: Ctrl-C once."""
 _AGREEMENT_S = 5.0
 """That processes need to agree on a step: JAX looks for the signal once a second."""
 
 
 class Preemption:
-    """While open, SIGTERM, SIGUSR1 and a deadline ask this run to stop. To be opened in the main thread.
+    """While open, SIGTERM, SIGUSR1, the first Ctrl-C and a deadline ask this run to stop. For the main thread.
 
     In a run of several processes JAX's coordination service watches for SIGTERM on all of them and agrees on the step:
     then SIGTERM is left to it, and everything else is turned into SIGTERM. Process 0's clock counts for all.
@@ -37,7 +38,7 @@ class Preemption:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
-        for number in SIGNALS if self._num_processes == 1 else (signal.SIGUSR1,):
+        for number in SIGNALS if self._num_processes == 1 else (signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -47,6 +48,9 @@ class Preemption:
         self._previous.clear()
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])  # a second one does what it always did
+            say("mtx: stops after this step, with everything saved; Ctrl-C again stops at once and loses it")
         self._ask(signal.Signals(number).name)
 
     def _ask(self, cause: str) -> None:

@@ -94,7 +94,7 @@ class Loop:
         """
         self.data, self.detector, self._on_first_step = data, detector, on_first_step
         self._evaluation, self._throughput = Evaluation(self.setup, data), Throughput(self.setup, data.sizes)
-        self._first_step, self._waited = start + 1, 0.0
+        self._first_step, self._own_seconds = start + 1, 0.0
         self._unproven: tuple[int, Future[str] | None] | None = None
         self._validation: dict[str, float] = {}
         if start >= self.total_steps:
@@ -120,8 +120,10 @@ class Loop:
         for step in range(start + 1, self.total_steps + 1):
             enter("step", step)
             state, metrics = train_step(state, batch)
+            begin = time.perf_counter()
             enter("data", step)
             batch = batches.get(step)  # after the last step, too: its checkpoint holds what this batch gives
+            self._own_seconds += time.perf_counter() - begin
             if unread is not None and (spike := self._read(*unread, batches)):
                 return spike, unread[0]
             unread = step, metrics
@@ -141,7 +143,7 @@ class Loop:
                 if ends or stops:
                     self._end(train_step, state, batch, step, stops and not ends)
                 if times:
-                    self._compare_times(step, batches)
+                    self._compare_times(step)
                 self._throughput.begin(step, batches.wait_seconds)
         return None
 
@@ -287,10 +289,10 @@ class Loop:
             )
         return digests
 
-    def _compare_times(self, step: int, batches: Prefetcher[Any]) -> None:
+    def _compare_times(self, step: int) -> None:
         """Names processes that are slow by themselves. The devices have nothing to do."""
         assert self.around.stragglers is not None
-        waited, self._waited = batches.wait_seconds - self._waited, batches.wait_seconds
+        waited, self._own_seconds = self._own_seconds, 0.0
         for sentence in self.around.stragglers.compare(step, {"waiting for data": waited}):
             self.around.reporter.message(sentence)
 

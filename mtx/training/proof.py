@@ -95,23 +95,23 @@ def prove_arrays(saved: Mapping[str, str], restored: Mapping[str, str], *, step:
     )
 
 
-def prove_batch(saved: str, now: str, *, step: int, accepted: Sequence[str] = ()) -> str:
+def prove_batch(saved: str, now: str, *, step: int, reason: str | None = None) -> str:
     """Compares the digest of the batch after a checkpoint with that of the one that the run saw then.
 
     Args:
         step: Updates done, the checkpoint's.
-        accepted: Changes of the data that the user accepted, such as `Data.train`.
+        reason: Why the data may be others, such as `Data.train accepted`; None: they may not.
 
     Returns:
-        `equal`, or which accepted change it differs by, for the journal.
+        `equal`, or why it differs, for the journal.
 
     Raises:
-        UserError: It differs and nothing was accepted.
+        UserError: It differs and may not.
     """
     if saved == now:
         return "equal"
-    if accepted:
-        return f"changed ({', '.join(accepted)} accepted)"
+    if reason is not None:
+        return f"changed ({reason})"
     raise UserError(
         f"step {step + 1} would train on another batch than the run did after checkpoint {step}: digest {now}, then "
         f"{saved}. The config asks for the same data, so a store under Data.train has other content now. Put the "
@@ -154,7 +154,7 @@ def prove_step(
     step: int,
     differences: Sequence[str],
     tolerance: Tolerance,
-    accepted: Sequence[str] = (),
+    reason: str | None = None,
 ) -> str:
     """Compares loss and gradient norm of the first step after a checkpoint with those that the run had there.
 
@@ -164,17 +164,17 @@ def prove_step(
         step: Updates done, the checkpoint's.
         differences: Why they may round otherwise; empty: the same bits are demanded.
         tolerance: How far apart they may be then.
-        accepted: Changes of math or data that the user accepted: then nothing follows from a difference.
+        reason: Why math or data are others, such as `Precision.compute accepted`: nothing follows from a difference.
 
     Returns:
-        `bit-equal`, `within 3e-07 of 1e-05` or `not comparable: KEY accepted`, for the journal. Where a tolerance is
+        `bit-equal`, `within 3e-07 of 1e-05` or `not comparable: REASON`, for the journal. Where a tolerance is
         meant, it is the figure that comes nearest to its own.
 
     Raises:
         UserError: They differ by more than may be.
     """
-    if accepted:
-        return f"not comparable: {', '.join(accepted)} accepted"
+    if reason is not None:
+        return f"not comparable: {reason}"
     allowed = {"loss": tolerance.loss, "grad_norm": tolerance.grad_norm} if differences else {}
     apart = {name: _relative_difference(saved[name], now[name]) for name in ("loss", "grad_norm")}
     if not any(apart.values()):

@@ -22,10 +22,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mtx.checkpoints.drift import Drift
+from mtx.checkpoints.drift import LENGTH, Drift
 from mtx.checkpoints.run_directory import RunDirectory
 from mtx.checkpoints.store import Checkpoints
+from mtx.config.components import classes
 from mtx.config.reader import Config
+from mtx.config.schema import Optimizer, Schedule
 from mtx.data import ledger
 from mtx.data.course import in_force
 from mtx.data.entry import Entry
@@ -37,21 +39,28 @@ from mtx.training.digest import Digester
 from mtx.training.state import Setup, State
 
 
-def all_follow_first(action: Callable[[], Any]) -> None:
-    """Has process 0 do something; where it refuses, all processes raise its error."""
+def all_follow_first(action: Callable[[], int | None]) -> int:
+    """Has process 0 do something; where it refuses, all processes raise its error.
+
+    Returns:
+        What it returned, on all processes: a number; 0 for None.
+    """
     error: UserError | None = None
+    answer = 0
     if jax.process_index() == 0:
         try:
-            action()
+            answer = action() or 0
         except UserError as refused:
             error = refused
     if jax.process_count() > 1:
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(0 if error is None else error.exit_code)))
+        told = np.array([0 if error is None else error.exit_code, answer], np.int32)
+        code, answer = multihost_utils.broadcast_one_to_all(told).tolist()
         if code and error is None:
             kinds = {kind.exit_code: kind for kind in (UserError, DivergedError, CheckpointError)}
             raise kinds[code]("process 0 says what is wrong")
     if error is not None:
         raise error
+    return int(answer)
 
 
 @dataclass(frozen=True)
@@ -177,18 +186,19 @@ def prove_first_step(
     if saved is None:
         return {}
     data, entry = checked.data, checked.data.sizes.entry(step)
-    accepted = [line.partition(":")[0] for line in checked.drift.accepted]
-    if not accepted and not _draw_the_same(Entry.from_json(json.loads(meta["data"])), entry):
-        accepted = [f"{ledger.NAME} ({entry.cause or 'other data'})"]
+    accepted = [key for line in checked.drift.accepted if _bears_on_a_step(key := line.partition(":")[0])]
+    reason = f"{', '.join(accepted)} accepted" if accepted else None
+    if reason is None and not _draw_the_same(Entry.from_json(json.loads(meta["data"])), entry):
+        reason = f"samples skipped at step {entry.step}" if entry.skipped_samples else "as the ledger says"
+    excuse = "Data.train accepted" if "Data.train" in checked.accept else reason
     proven: dict[str, str] = {}
 
-    def prove_batch() -> None:
+    def prove_batch() -> bool:
         digest = proof.batch_digest(data.train, step, data.sizes.size(step))
-        proven["batch"] = proof.prove_batch(
-            saved["batch"], digest, step=step, accepted=accepted or sorted(checked.accept & {"Data.train"})
-        )
+        proven["batch"] = proof.prove_batch(saved["batch"], digest, step=step, reason=excuse)
+        return saved["batch"] != digest
 
-    all_follow_first(prove_batch)
+    batch_differs = all_follow_first(prove_batch)
     kinds, platform = [meta["device_kind"], now["device_kind"]], setup.mesh.devices.flat[0].platform
     differences = proof.program_differences(meta, now)
     if not differences and not proof.is_deterministic(platform, os.environ.get("XLA_FLAGS", "")):
@@ -199,7 +209,7 @@ def prove_first_step(
         step=step,
         differences=differences,
         tolerance=proof.tolerance_of(setup.run.precision.compute, kinds),
-        accepted=accepted,
+        reason=excuse if batch_differs else reason,
     )
     return proven
 
@@ -207,3 +217,9 @@ def prove_first_step(
 def _draw_the_same(one: Entry, other: Entry) -> bool:
     """Whether both entries give the same batch at a step at which both hold."""
     return one.same_data(other) and (one.step, one.skipped_samples) == (other.step, other.skipped_samples)
+
+
+def _bears_on_a_step(key: str) -> bool:
+    """Whether loss and gradient of a step follow from a field. What is done with the gradient comes after them."""
+    owner = classes()[key.partition(".")[0]]
+    return key not in (*LENGTH, "Train.optimizer") and not issubclass(owner, Optimizer | Schedule)

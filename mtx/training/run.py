@@ -341,11 +341,16 @@ class _Attempt:
         most = self.config.run.health.max_rollbacks
 
         def count_tries() -> None:
-            tries = sum(e["event"] == "rollback" and e["step"] == start for e in read_journal(self.directory.path))
+            tries = 0
+            for event in read_journal(self.directory.path):
+                if event["event"] == "accepted":
+                    tries = 0  # it is another run since
+                elif event["event"] == "rollback" and event["step"] == start:
+                    tries += 1
             if tries >= most:
                 raise DivergedError(
-                    f"step {reached}: {spike.cause}. After {tries} roll-backs to step {start} (Health.max_rollbacks = "
-                    f"{most}) the run ends; its checkpoints are kept. Lower AdamW.learning_rate or lengthen its "
+                    f"step {reached}: {spike.cause}. The tries from step {start} are used up (Health.max_rollbacks = "
+                    f"{most}), so the run ends; its checkpoints are kept. Lower AdamW.learning_rate or lengthen its "
                     "warmup, and start from an earlier step (--resume STEP)"
                 )
 

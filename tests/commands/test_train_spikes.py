@@ -139,7 +139,7 @@ def test_tries_are_bounded(workplace, noisy, most):
     name = f"at-most-{most}"
     process = workplace.train(name, *noisy, f"Health.max_rollbacks = {most}", check=False)
     assert process.returncode == 3
-    assert f"After {most} roll-backs to step 44 (Health.max_rollbacks = {most}) the run ends" in process.stderr
+    assert f"The tries from step 44 are used up (Health.max_rollbacks = {most}), so the run ends" in process.stderr
     assert "Traceback" not in process.stderr
     directory = RunDirectory.open(workplace.folder / name)
     with directory.checkpoints(read_only=True) as checkpoints:

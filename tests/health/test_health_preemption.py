@@ -14,7 +14,7 @@ from mtx.health.deadline import Deadline
 from mtx.health.preemption import Preemption
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_a_flag_until_it_is_polled(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Preemption() as preemption:
@@ -27,6 +27,14 @@ def test_a_signal_is_a_flag_until_it_is_polled(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
     with Preemption() as preemption:
         assert not preemption.requested()
+
+
+def test_a_second_interrupt_is_not_waited_for() -> None:
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.requested()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_limit_leaves_room_for_a_step_and_a_save() -> None:

@@ -99,16 +99,16 @@ def test_of_many_arrays_the_first_are_named():
 
 
 def test_a_batch_that_differs_stops_the_run_unless_accepted():
-    assert prove_batch("ab", "ab", step=20) == prove_batch("ab", "ab", step=20, accepted=["Data.train"]) == "equal"
-    assert prove_batch("ab", "cd", step=20, accepted=["Data.train"]) == "changed (Data.train accepted)"
+    assert prove_batch("ab", "ab", step=20) == prove_batch("ab", "ab", step=20, reason="Data.train accepted") == "equal"
+    assert prove_batch("ab", "cd", step=20, reason="Data.train accepted") == "changed (Data.train accepted)"
     with pytest.raises(UserError, match="step 21 would train on another batch") as caught:
         prove_batch("ab", "cd", step=20)
     assert caught.value.exit_code == 2
     assert "digest cd, then ab" in str(caught.value)
 
 
-def prove(now, differences=(), accepted=()):
-    return prove_step(PROBE, {**PROBE, **now}, step=20, differences=differences, tolerance=TOLERANCE, accepted=accepted)
+def prove(now, differences=(), reason=None):
+    return prove_step(PROBE, {**PROBE, **now}, step=20, differences=differences, tolerance=TOLERANCE, reason=reason)
 
 
 def test_the_same_program_must_give_the_same_bits():
@@ -142,7 +142,7 @@ def test_what_is_no_number_is_equal_to_itself_alone(value, differences):
 
 
 def test_nothing_follows_from_what_was_accepted():
-    assert prove({"loss": 9.0}, [], ["Precision.compute"]) == "not comparable: Precision.compute accepted"
+    assert prove({"loss": 9.0}, [], "Precision.compute accepted") == "not comparable: Precision.compute accepted"
 
 
 def test_what_makes_it_another_program():
