@@ -96,7 +96,7 @@ class Loop:
         self._evaluation, self._throughput = Evaluation(self.setup, data), Throughput(self.setup, data.sizes)
         self._first_step, self._own_seconds = start + 1, 0.0
         self._unproven: tuple[int, Future[str] | None] | None = None
-        self._validation: dict[str, float] = {}
+        self._validation: dict[str, float | None] = {}  # after the step that is saved
         if start >= self.total_steps:
             return None
 
@@ -134,10 +134,9 @@ class Loop:
                 if spike := self._read(*unread, batches):
                     return spike, step
                 unread = None
-                if evaluates:
-                    self._evaluate(state["params"], step)
+                self._validation = self._evaluate(state["params"], step) if evaluates else {}
                 if compares and not saves:
-                    self._compare_copies(self.setup.canonical.store(state), step)
+                    self._compare_copies(state, step)
                 if saves:
                     self._save(state, step, must=ends or stops)
                 if ends or stops:
@@ -199,13 +198,15 @@ class Loop:
             self.around.reporter.log(record)
         return None
 
-    def _evaluate(self, params: Any, step: int) -> None:
+    def _evaluate(self, params: Any, step: int) -> dict[str, float | None]:
+        """The losses on the validation sets; None where one is not finite."""
         self.around.watch.enter("evaluate", step)
-        begin = time.perf_counter()
+        begin, losses = time.perf_counter(), dict[str, float | None]()
         for name, loss, tokens in self._evaluation.losses(params):
-            self._validation[name] = loss
+            losses[name] = loss if math.isfinite(loss) else None
             self.around.reporter.evaluated(name, step, loss, tokens=tokens)
         self.around.record("evaluated", step=step, seconds=time.perf_counter() - begin)
+        return losses
 
     def _save(self, state: State, step: int, *, must: bool) -> None:
         """Starts to save a state. Where there is no room for it the run goes on, if it may."""
@@ -219,11 +220,10 @@ class Loop:
             "samples": self.data.sizes.first_sample(step),
             "ledger": self.data.sizes.ledger(step),
             "data": json.dumps(self.data.sizes.entry(step).to_json()),  # text: a manifest would sort the stages
-            "validation": {name: loss if math.isfinite(loss) else None for name, loss in self._validation.items()},
+            "validation": self._validation,
             "spikes": self.detector.state(),
             **({} if digests is None else {"digests": digests.leaf_digests(), "program": self._program_digest}),
         }
-        self._validation = {}
         tries = LAST_TRIES if must else 1
         while not (begun := self.around.checkpoints.save(step, stored, meta)) and (tries := tries - 1):
             time.sleep(PAUSE_S)
@@ -277,9 +277,9 @@ class Loop:
             + (f"step {saved[-1]}" if saved else "the beginning")
         )
 
-    def _compare_copies(self, stored: Any, step: int) -> Digests:
-        """Digests a state as checkpoints hold it. Ends the run where what should be copies of one array differ."""
-        digests = self.digester(stored)
+    def _compare_copies(self, state: Any, step: int) -> Digests:
+        """Digests a state. Ends the run where what should be copies of one array differ."""
+        digests = self.digester(state)
         if differing := digests.disagreements():
             cause = describe(differing)
             self.around.record("corruption", step=step, cause=cause)
