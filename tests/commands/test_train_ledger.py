@@ -170,6 +170,7 @@ def assert_same_run(workplace, name, staged, resumed):
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_another_blend_and_another_batch_size(workplace, stores):
     """Each store goes on where it stood."""
     name, first = "blended", f"Data.train = {blend(stores, 1, 1)}"

@@ -151,6 +151,7 @@ def test_a_batch_that_is_not_what_was_read(workplace, straight):
     assert f"digest {probe['batch']}, then 0123456789abcdef" in message
 
 
+@pytest.mark.slow
 def test_without_probes(workplace, straight):
     name = "without probes"
     workplace.train(name, "Train.steps = 2", "Checkpoint.probe = False")

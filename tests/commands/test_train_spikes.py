@@ -134,6 +134,7 @@ def test_two_processes_go_back_together(workplace, noisy, healed):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0, 1])
 def test_tries_are_bounded(workplace, noisy, most):
     name = f"at-most-{most}"
@@ -187,6 +188,7 @@ def test_updates_that_are_not_finite_are_left_out(workplace):
         assert "NaN" not in file.read()
 
 
+@pytest.mark.slow
 def test_too_many_of_them_are_a_spike(workplace):
     train_poisoned(workplace, "too-poisoned", "Health.max_nonfinite = 1")
     skipped, spike, rollback = events(workplace, "too-poisoned", "skipped", "spike", "rollback")

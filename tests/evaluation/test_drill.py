@@ -60,6 +60,7 @@ def drill(config, *arguments, timeout_s=500):
     return done
 
 
+@pytest.mark.slow
 def test_quick_scenarios_pass_and_leave_nothing(config, tmp_path):
     (tmp_path / "tmp").mkdir()
     os.environ["TMPDIR"] = str(tmp_path / "tmp")

@@ -146,6 +146,7 @@ def test_a_stuck_process_is_named(tmp_path: Path) -> None:
     assert all(event["cause"] in output for output in outcome.outputs)
 
 
+@pytest.mark.slow
 def test_one_process_alone_is_watched_too(tmp_path: Path) -> None:
     outcome = run_watched(tmp_path, "sleep:wait:0:100;sleep:data:5:100", count=1)
     assert outcome.codes == [6], outcome.outputs
@@ -162,6 +163,7 @@ def test_a_mistake_of_one_process_ends_all_with_its_code(tmp_path: Path, mistake
     assert read_journal(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_signs_of_an_earlier_attempt_confuse_nobody(tmp_path: Path) -> None:
     """Left by an attempt of more processes that failed: the same bytes for ever, with an exit code."""
     for process in range(3):
@@ -171,6 +173,7 @@ def test_signs_of_an_earlier_attempt_confuse_nobody(tmp_path: Path) -> None:
     assert outcome.codes == [0, 0], outcome.outputs
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "heartbeats").write_text("not a folder")
     outcome = run_watched(tmp_path, "sleep:data:30:8:1", steps=60, hang_timeout_s=60)
