@@ -66,7 +66,7 @@ class Kills:
 
 def count_steps(kills: int) -> int:
     """Updates of a run that so many kills leave unfinished; about a third of EVERY is got on with between two."""
-    return EVERY * max(4, kills * 3 // 5)
+    return EVERY * max(8, kills * 3 // 5)
 
 
 def play_kills(
@@ -95,7 +95,7 @@ def play_kills(
             for number in range(1, kills + 1):
                 wait_for("started", number)
                 before = last_step(run_dir)
-                _wait_for_moment(run_dir, chance)
+                _wait_for_moment(run_dir, chance, before_step=place.copy.steps - EVERY)
                 (pid,) = launched.pids()
                 os.kill(pid, signal.SIGKILL)
                 tops.append(last_step(run_dir))
@@ -125,8 +125,9 @@ def play_kills(
     )
 
 
-def _wait_for_moment(run_dir: Path, chance: random.Random) -> None:
-    """Returns when the kill is due: some time after the start, or after some more steps."""
+def _wait_for_moment(run_dir: Path, chance: random.Random, *, before_step: int) -> None:
+    """Returns when the kill is due: some time after the start, or after some more steps, but not so late that the run
+    could end before."""
     deadline = time.monotonic() + chance.uniform(0.0, _EARLY_S)
     first = last_step(run_dir)
     is_early, more = chance.random() < EARLY_SHARE, chance.randint(1, 2 * EVERY)
@@ -137,6 +138,8 @@ def _wait_for_moment(run_dir: Path, chance: random.Random) -> None:
     while time.monotonic() < deadline:
         step = last_step(run_dir)
         lowest = min(lowest, step)
+        if step >= before_step:
+            return
         if not is_early and step >= lowest + more:
             break
         time.sleep(_POLL_S)

@@ -259,4 +259,4 @@ def test_disks(tmp_path):
 
 
 def test_kills_leave_the_run_unfinished():
-    assert [count_steps(kills) for kills in (1, 10, 200)] == [16, 24, 480]
+    assert [count_steps(kills) for kills in (1, 15, 200)] == [32, 36, 480]
