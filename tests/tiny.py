@@ -49,6 +49,7 @@ def make_run(model: dict[str, Any], **sections: dict[str, Any]) -> schema.Run:
         tokenizer=schema.Tokenizer(),
         checkpoint=schema.Checkpoint(),
         health=schema.Health(**sections.get("health", {})),
+        cluster=schema.Cluster(**sections.get("cluster", {})),
     )
 
 

@@ -343,6 +343,27 @@ class Health:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The GPUs that `mtx plan` and `mtx rehearse` look ahead to. A run takes the devices that it finds."""
+
+    gpu: str | None = setting(None, drift=FREE, doc="model of GPU, by its name in the table of `mtx plan --list-gpus`")
+    gpus: int | None = setting(None, low=1, drift=FREE, doc="number of GPUs; None: as many as the mesh names")
+    gpus_per_host: int = setting(8, low=1, drift=FREE, doc="GPUs of a machine")
+    nvlink_domain: int | None = setting(
+        None, low=1, drift=FREE, doc="GPUs that reach each other through NVLink; None: as in the GPU's usual system"
+    )
+    nic_gbps: float | None = setting(
+        None, low=0.0, drift=FREE, doc="network, gigabits per second, GPU and direction; None: as in the usual system"
+    )
+    gpu_hour_price: float | None = setting(
+        None,
+        low=0.0,
+        drift=FREE,
+        doc="of one GPU for an hour, in any currency; None: no costs are shown",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """The whole run. Its fields are the classes that a config file may set by name."""
 
@@ -356,3 +377,4 @@ class Run:
     tokenizer: Tokenizer
     checkpoint: Checkpoint
     health: Health
+    cluster: Cluster

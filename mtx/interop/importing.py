@@ -71,6 +71,7 @@ def _make_config(model: schema.Model, source: str, overrides: Sequence[str]) -> 
         tokenizer=schema.Tokenizer(),
         checkpoint=schema.Checkpoint(),
         health=schema.Health(),
+        cluster=schema.Cluster(),
     )
     text = "".join(f"{s.key} = {format_value(value)}\n" for s, value in values(run) if value != s.default)
     config = reader.load_text(text, source, overrides)

@@ -49,3 +49,57 @@ def abstract_state(
         transform_non_params=lambda leaf: place(leaf, replicated),
         is_leaf=is_masked,
     )
+
+
+def list_moments(
+    transformation: optax.GradientTransformation, params: Any, dtype: str
+) -> tuple[dict[tuple[str, ...], tuple[tuple[tuple[int, ...], int], ...]], int]:
+    """What an optimizer keeps for each parameter, without arrays or shardings.
+
+    Args:
+        transformation: An optimizer's.
+        params: Nested dict of anything with a `shape`.
+        dtype: Of the parameters in the training state.
+
+    Returns:
+        Path of a parameter -> shape and bytes per number of each array kept for it; bytes of all else, such as
+        counters.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: _Path(tuple(key.key for key in path)), arrays)
+    found: dict[tuple[str, ...], list[tuple[tuple[int, ...], int]]] = {p.names: [] for p in jax.tree.leaves(paths)}
+    other_bytes = 0
+
+    def note_moment(leaf: Any, path: _Path) -> Any:
+        if not is_masked(leaf):
+            found[path.names].append((leaf.shape, leaf.dtype.itemsize))
+        return leaf
+
+    def note_other(leaf: Any) -> Any:
+        nonlocal other_bytes
+        other_bytes += leaf.size * leaf.dtype.itemsize
+        return leaf
+
+    optax.tree.map_params(
+        transformation,
+        note_moment,
+        jax.eval_shape(transformation.init, arrays),
+        paths,
+        transform_non_params=note_other,
+        is_leaf=is_masked,
+    )
+    return {names: tuple(moments) for names, moments in found.items()}, other_bytes
+
+
+class _Path:
+    """Names of a parameter, as one leaf of a tree."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names

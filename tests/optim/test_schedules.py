@@ -26,6 +26,7 @@ def make_run(**train):
         tokenizer=schema.Tokenizer(),
         checkpoint=schema.Checkpoint(),
         health=schema.Health(),
+        cluster=schema.Cluster(),
     )
 
 

@@ -1,0 +1,218 @@
+"""What is planned: a run, laid out on a cluster. Everything that the estimates read is derived here, once.
+
+Decides nothing that the run does not decide itself: shapes, shards and stages come from the same declarations and the
+same functions as the training state's.
+
+Invariant: no array and no device is needed, whatever the size of the cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mtx.config import layout, schema
+from mtx.config.axes import MESH_AXES
+from mtx.config.rules import Rules, choose_rules
+from mtx.models import ModelDefinition, define_model
+from mtx.optim.state import list_moments
+from mtx.planning.hardware import Gpu
+from mtx.sharding import Placement, mesh_axes, place
+from mtx.training.stages import Stages, assign_stages, stage_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines of a run.
+
+    Attributes:
+        gpu: The model of all of its GPUs.
+        num_gpus: How many.
+        domain: GPUs that reach each other through NVLink; neighbours in the order of the mesh's devices.
+        nic_bandwidth: Bytes/s per GPU and direction between domains.
+    """
+
+    gpu: Gpu
+    num_gpus: int
+    domain: int
+    nic_bandwidth: float
+
+    @classmethod
+    def of(cls, gpu: Gpu, num_gpus: int, *, domain: int | None = None, nic_bandwidth: float | None = None) -> Cluster:
+        """The usual system of a GPU, unless something else is said."""
+        return cls(
+            gpu=gpu,
+            num_gpus=num_gpus,
+            domain=gpu.nvlink_domain if domain is None else domain,
+            nic_bandwidth=gpu.nic_bandwidth if nic_bandwidth is None else nic_bandwidth,
+        )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One declared parameter; of a stack of layers, all its rows.
+
+    Attributes:
+        path: Names from the outermost one.
+        shape: Whole, in the canonical order of layers.
+        axes: A logical axis per dim.
+        moments: Shape and bytes per number of each array that the optimizer keeps for it.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    moments: tuple[tuple[tuple[int, ...], int], ...]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a model and an optimizer declare, whatever the layout.
+
+    Attributes:
+        definition: The model without its arrays.
+        parameters: All of them.
+        other_bytes: Of the optimizer's state that belongs to no parameter, such as counters.
+    """
+
+    definition: ModelDefinition
+    parameters: tuple[Parameter, ...]
+    other_bytes: int
+
+
+@functools.lru_cache(maxsize=64)
+def _define(model: schema.Model) -> ModelDefinition:
+    return define_model(model)
+
+
+_DECLARED: dict[str, Declared] = {}
+
+
+def declare(run: schema.Run) -> Declared:
+    """Traces the model and the optimizer abstractly; remembered, since a search asks for the same ones each time."""
+    key = repr((run.model, run.train.optimizer, run.precision.params))
+    if key not in _DECLARED:
+        definition = _define(run.model)
+        optimizer: Any = run.train.optimizer
+        whole = definition.whole
+        moments, other_bytes = list_moments(
+            optimizer.transformation(whole.params, whole.axes), whole.params, run.precision.params
+        )
+        parameters = tuple(
+            Parameter(path, leaf.shape, axes, moments[path]) for path, leaf, axes in _walk(whole.params, whole.axes)
+        )
+        _DECLARED[key] = Declared(definition, parameters, other_bytes)
+    return _DECLARED[key]
+
+
+def _walk(params: Any, axes: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any, tuple[str, ...]]]:
+    found = []
+    for name, names in axes.items():
+        if isinstance(names, tuple):
+            found.append(((*path, name), params[name], names))
+        else:
+            found += _walk(params[name], names, (*path, name))
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on a cluster.
+
+    Attributes:
+        run: With a mesh of counts only, whose product is the cluster's number of GPUs.
+        cluster: The machines.
+        software: Whose habits the estimates assume: 'mtx', or a name of `mtx.planning.software`.
+    """
+
+    run: schema.Run
+    cluster: Cluster
+    software: str = "mtx"
+
+    @classmethod
+    def of(cls, run: schema.Run, cluster: Cluster, software: str = "mtx", *, check: bool = True) -> Case:
+        """Resolves the run's mesh for the cluster.
+
+        Args:
+            check: Whether the run must fit its mesh; False for the layouts of other software.
+
+        Raises:
+            UserError: The mesh does not take these GPUs, or the run does not fit it.
+        """
+        mesh = layout.resolve_mesh(run.mesh, cluster.num_gpus)
+        if check:
+            layout.check_layout(run, mesh)
+        return cls(dataclasses.replace(run, mesh=mesh), cluster, software)
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each mesh axis, outermost first."""
+        return {axis: getattr(self.run.mesh, axis) for axis in MESH_AXES}
+
+    @functools.cached_property
+    def rules(self) -> Rules:
+        """Logical axis -> live mesh axes."""
+        return choose_rules(self.run, self.sizes)
+
+    def shards(self, logical: str) -> int:
+        """Over how many devices a logical axis is split."""
+        return math.prod(self.sizes[axis] for axis in self.rules[logical])
+
+    @property
+    def declared(self) -> Declared:
+        return declare(self.run)
+
+    @functools.cached_property
+    def stages(self) -> Stages | None:
+        """Which layers each pipeline stage has; None without a pipeline."""
+        if self.sizes["pipe"] == 1:
+            return None
+        run, definition = self.run, self.declared.definition
+        costs = stage_costs(definition, run, head_on_last=run.pipeline.head == "last")
+        return assign_stages(run.model.layer_stacks, self.sizes["pipe"], run.pipeline.virtual_stages, **costs)
+
+    @functools.cached_property
+    def slots(self) -> tuple[str, ...]:
+        """The stack of each layer that a device runs, in order; with a pipeline those of all its chunks, empty ones
+        among them."""
+        if self.stages is None:
+            return self.run.model.layer_stacks
+        return self.stages.slots * self.stages.virtual_stages
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences of a microbatch on a data shard (b)."""
+        wanted = self.run.train.microbatch_size
+        share = max(1, self.run.train.global_batch_size // self.shards("batch"))
+        return wanted or (share if self.stages is None else 1)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a data shard per step (M)."""
+        return max(1, self.run.train.global_batch_size // (self.shards("batch") * self.microbatch_size))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the full batch."""
+        return self.run.train.global_batch_size * self.run.train.seq_len
+
+    @functools.cached_property
+    def placed(self) -> tuple[tuple[Parameter, tuple[int, ...], Placement], ...]:
+        """Each parameter with its shape in the training state, where stages fill up stacks, and its placement."""
+        found = []
+        for parameter in self.declared.parameters:
+            shape = self._staged_shape(parameter)
+            found.append((parameter, shape, place(shape, parameter.axes, self.rules, self.sizes, self.run.rules.zero)))
+        return tuple(found)
+
+    def _staged_shape(self, parameter: Parameter) -> tuple[int, ...]:
+        if self.stages is None or parameter.axes[0] != "layers":
+            return parameter.shape
+        return (len(self.stages.order(parameter.path[0])), *parameter.shape[1:])
+
+    def local_size(self, shape: tuple[int, ...], spec: Any) -> int:
+        """Numbers of an array that one device holds."""
+        return math.prod(shape) // math.prod(self.sizes[axis] for axis in mesh_axes(spec))
