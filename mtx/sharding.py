@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtx.config import schema
@@ -27,9 +27,9 @@ ZERO_AXES = ("fsdp", "data", "expert", "context")
 first, once a step, are the minor ones, so that each gather joins neighbouring pieces."""
 
 
-def axis_sizes(mesh: Mesh) -> dict[str, int]:
+def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Devices along each mesh axis."""
-    return dict(zip(mesh.axis_names, mesh.devices.shape))
+    return dict(mesh.shape)
 
 
 def make_rules(run: schema.Run, mesh: Mesh) -> Rules:
