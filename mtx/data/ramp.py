@@ -8,6 +8,7 @@ Invariant: all answers follow from the stages, of which there are as many as inc
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -116,6 +117,13 @@ class BatchSizes:
         index = bisect_right(self._stages, samples - 1, key=lambda stage: stage.first_sample) - 1
         stage = self._stages[max(0, index)]
         return stage.first_step - (stage.first_sample - samples) // stage.size
+
+    def spans(self, steps: int) -> Iterator[tuple[int, int]]:
+        """Sequences of a step and number of such steps, in order, up to the end of step `steps` - 1."""
+        ends = [*(stage.first_step for stage in self._stages[1:]), steps]
+        for stage, end in zip(self._stages, ends):
+            if min(end, steps) > stage.first_step:
+                yield stage.size, min(end, steps) - stage.first_step
 
     def steps_of(self, samples: np.ndarray) -> np.ndarray:
         """The step that each sample (int64[n], none before the first) is in: int64[n]."""
