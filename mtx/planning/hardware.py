@@ -36,6 +36,12 @@ class Gpu:
     """GPUs that reach each other through NVLink, in the usual system."""
     nic_bandwidth: float
     """Bytes/s per direction and GPU, to other domains, in the usual system."""
+    multiprocessors: int
+    """Among which the tiles of a matrix product are shared out."""
+    float32_flops: float
+    """FLOP/s of float32 products as XLA computes them unless it is told otherwise: in TF32, where there is such."""
+    watts: float
+    """Thermal design power of the module: what it draws at most."""
 
     def peak_flops(self, dtype: str) -> float | None:
         """Dense peak in FLOP/s of matrix products of this format; None where there is none to measure an MFU against.
@@ -67,6 +73,9 @@ _GPUS = (
         nvlink_bandwidth=150 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=50 * _GBIT,
+        multiprocessors=80,
+        float32_flops=15.7 * _TERA,
+        watts=300,
     ),
     Gpu(
         name="A100-40",
@@ -78,6 +87,9 @@ _GPUS = (
         nvlink_bandwidth=300 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=200 * _GBIT,
+        multiprocessors=108,
+        float32_flops=156 * _TERA,
+        watts=400,
     ),
     Gpu(
         name="A100-80",
@@ -89,6 +101,9 @@ _GPUS = (
         nvlink_bandwidth=300 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=200 * _GBIT,
+        multiprocessors=108,
+        float32_flops=156 * _TERA,
+        watts=400,
     ),
     Gpu(
         name="H100",
@@ -100,6 +115,9 @@ _GPUS = (
         nvlink_bandwidth=450 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=400 * _GBIT,
+        multiprocessors=132,
+        float32_flops=494.5 * _TERA,
+        watts=700,
     ),
     Gpu(
         name="H200",
@@ -111,6 +129,9 @@ _GPUS = (
         nvlink_bandwidth=450 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=400 * _GBIT,
+        multiprocessors=132,
+        float32_flops=494.5 * _TERA,
+        watts=700,
     ),
     Gpu(
         name="B200",
@@ -122,6 +143,9 @@ _GPUS = (
         nvlink_bandwidth=900 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=400 * _GBIT,
+        multiprocessors=148,
+        float32_flops=1125 * _TERA,
+        watts=1000,
     ),
     Gpu(
         name="GB200",
@@ -133,6 +157,9 @@ _GPUS = (
         nvlink_bandwidth=900 * _GIGA,
         nvlink_domain=72,
         nic_bandwidth=400 * _GBIT,
+        multiprocessors=152,
+        float32_flops=1250 * _TERA,
+        watts=1200,
     ),
     Gpu(
         name="GB300",
@@ -143,6 +170,9 @@ _GPUS = (
         nvlink_bandwidth=900 * _GIGA,
         nvlink_domain=72,
         nic_bandwidth=800 * _GBIT,
+        multiprocessors=152,
+        float32_flops=1250 * _TERA,
+        watts=1400,
     ),
 )
 

@@ -1,0 +1,165 @@
+"""What a device does in one pass of a microbatch through a layer, or through the head: products, attention, traffic.
+
+Decides what is counted. Products come from the declared parameters, and where several of them multiply one input they
+are one product, as libraries and compilers join them. Elementwise work is counted as numbers that move through memory.
+
+Invariant: a shape comes from a declaration and the rules of the run, never from a formula of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mtx.optim.decay import is_matrix
+from mtx.planning.case import Case, Parameter
+from mtx.planning.hlo_products import Product
+from mtx.planning.products import BYTES
+from mtx.planning.software import SOFTWARE
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """Of one device, one microbatch, forward.
+
+    Attributes:
+        products: With weights.
+        attention: Products of attention with all keys, masked ones too; its FLOPs are `attention_flops`.
+        fused: Whether attention is one kernel that leaves out what causality masks and keeps scores on chip.
+        score_numbers: Scores in memory, where it is not fused.
+        traffic: Numbers that elementwise operations read and write.
+        parameters: Numbers of its weights that a device computes with.
+        exchanged: Numbers of the activation that `tensor` gathers or scatters, whole.
+        keys: Numbers of keys and values that `context` passes on.
+        dispatched: Numbers that go to experts and come back, each way.
+    """
+
+    products: tuple[Product, ...]
+    attention: tuple[Product, ...]
+    fused: bool
+    score_numbers: float
+    traffic: float
+    parameters: float
+    exchanged: float
+    keys: float
+    dispatched: float
+
+    @property
+    def attention_flops(self) -> float:
+        return float(sum(product.flops for product in self.attention))
+
+
+def describe_layer(case: Case, stack: str) -> LayerWork:
+    """The work of a layer of a stack (`schema.Model.layer_stacks`)."""
+    run, model = case.run, case.run.model
+    tokens = case.microbatch_size * run.train.seq_len // case.shards("seq")
+    parameters = [p for p in case.declared.parameters if p.path[0] == stack]
+    heads = model.num_heads // case.shards("heads")
+    kv_heads = max(1, model.kv_heads // case.shards("kv_heads"))
+    width, keys = model.head_width, run.train.seq_len
+    batch, queries = case.microbatch_size * heads, keys // case.shards("seq")
+    fused = uses_fused_attention(case)
+    # Over the layer, without attention's: two norms and two sums with the residual, each read and written; positions;
+    # the hidden layer of the MLP.
+    between = case.microbatch_size * run.train.seq_len // case.shards("seq_sp")
+    rotated = 2 * tokens * (heads + kv_heads) * width if model.position == "rotary" else 0
+    hidden = sum(
+        _rows(case, p, tokens) * _local(case, p.shape[-1], p.axes[-1])
+        for p in parameters
+        if p.axes[-1] == "mlp" and is_matrix(p.axes)
+    )
+    routed = sum(1 for p in parameters if "experts" in p.axes) > 0
+    return LayerWork(
+        products=tuple(_products(case, parameters, tokens)),
+        attention=(Product(batch, queries, width, keys, 1), Product(batch, queries, keys, width, 1)),
+        fused=fused,
+        score_numbers=0.0 if fused else float(batch * queries * keys),
+        traffic=float(10 * between * model.d_model + rotated + (2 if not model.gated else 1.5) * hidden),
+        parameters=sum(local_numbers(case, p) / p.shape[0] for p in parameters),
+        exchanged=float(tokens * model.d_model),
+        keys=float(2 * tokens * kv_heads * width),
+        dispatched=float(tokens * model.experts_per_token * model.d_model) if routed else 0.0,
+    )
+
+
+def describe_head(case: Case, *, shared: bool) -> LayerWork:
+    """The work of the head and the loss; those of a vocabulary that the stages share, if it is `shared`."""
+    model = case.run.model
+    tokens = case.microbatch_size * case.run.train.seq_len // case.shards("seq")
+    table = case.declared.definition.ends.table
+    parameter = next(p for p in case.declared.parameters if p.path == (table, "table"))
+    vocabulary = _local(case, parameter.shape[0], "vocab")
+    if shared:
+        vocabulary = -(-vocabulary // case.sizes["pipe"])
+    logits = tokens * vocabulary
+    return LayerWork(
+        products=(Product(1, tokens, model.d_model, vocabulary, 1),),
+        attention=(),
+        fused=True,
+        score_numbers=0.0,
+        traffic=float(4 * logits),  # float32: written, and read for the largest one, the sum and the loss
+        parameters=float(vocabulary * model.d_model),
+        exchanged=float(tokens * model.d_model),
+        keys=0.0,
+        dispatched=0.0,
+    )
+
+
+def local_numbers(case: Case, parameter: Parameter) -> float:
+    """Numbers of a parameter that a device computes with: its part by tensor and expert, all its layers."""
+    layers = parameter.shape[0] if parameter.axes[0] == "layers" else 1
+    size = math.prod(parameter.shape) // layers
+    axes = [axis for axis in parameter.axes if axis != "layers"]
+    return layers * size / math.prod(case.shards(axis) for axis in axes)
+
+
+def uses_fused_attention(case: Case) -> bool:
+    """Whether attention is one kernel; of 'mtx' as `mtx.nn.attention.choose_kernel` decides it."""
+    habit, run, gpu = SOFTWARE[case.software].attention, case.run, case.cluster.gpu
+    if habit != "auto":
+        return habit == "fused"
+    widest = 128 if gpu.name.startswith(("V100", "A100")) else 256
+    return (
+        run.train.attention != "xla"
+        and not gpu.name.startswith("V100")
+        and not (case.shards("seq") > 1 and run.train.context_exchange == "ring")
+        and run.model.head_width % 8 == 0
+        and run.model.head_width <= widest
+        and run.precision.compute != "float32"
+        and run.data.packing == "windows"
+        and run.model.position != "alibi"
+    )
+
+
+def _products(case: Case, parameters: Iterable[Parameter], tokens: int) -> Iterable[Product]:
+    """The products of a layer's weights, those of one input joined."""
+    joined: dict[tuple[object, ...], tuple[int, int, int, int]] = {}
+    for p in parameters:
+        if not is_matrix(p.axes):
+            continue
+        contracted, columns = (_local(case, p.shape[d], p.axes[d]) for d in (-2, -1))
+        experts = _local(case, p.shape[1], "experts") if "experts" in p.axes else 1
+        rows = _rows(case, p, tokens)
+        reads_input = p.axes[-2] == "embed" and p.axes[-1] != "router"
+        key = (p.path[1], "experts" in p.axes, "shared" in p.path, p.axes[-2]) if reads_input else p.path
+        before = joined.get(key, (0, 0, 0, 0))[3]
+        joined[key] = (experts, rows // experts, contracted, before + columns)
+    return [Product(*shape, 1) for shape in joined.values()]
+
+
+def _rows(case: Case, parameter: Parameter, tokens: int) -> int:
+    """Rows of a product with a weight, over all experts that a device holds: they are taken to be chosen evenly."""
+    if "experts" not in parameter.axes:
+        return tokens
+    factor = case.run.model.expert_capacity_factor or 1.0
+    return math.ceil(tokens * case.run.model.experts_per_token * factor)
+
+
+def _local(case: Case, size: int, axis: str) -> int:
+    return -(-size // case.shards(axis))
+
+
+def traffic_bytes(work: LayerWork, case: Case) -> float:
+    """Bytes that elementwise operations move, forward."""
+    return work.traffic * BYTES["float32" if case.run.precision.compute == "float32" else "bfloat16"]
