@@ -118,6 +118,40 @@ def _walk(params: Any, axes: Any, path: tuple[str, ...] = ()) -> list[tuple[tupl
     return found
 
 
+# A search asks for the same cuts and placements again and again.
+
+
+@functools.lru_cache(maxsize=4096)
+def _assign(
+    layer_stacks: tuple[str, ...],
+    num_stages: int,
+    virtual_stages: int,
+    layer_costs: tuple[tuple[str, float], ...],
+    *,
+    first_cost: float,
+    last_cost: float,
+) -> Stages:
+    return assign_stages(
+        layer_stacks,
+        num_stages,
+        virtual_stages,
+        layer_costs=dict(layer_costs),
+        first_cost=first_cost,
+        last_cost=last_cost,
+    )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _place(
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    rules: tuple[tuple[str, tuple[str, ...]], ...],
+    sizes: tuple[tuple[str, int], ...],
+    zero: int,
+) -> Placement:
+    return place(shape, axes, dict(rules), dict(sizes), zero)
+
+
 @dataclass(frozen=True)
 class Case:
     """A run on a cluster.
@@ -161,7 +195,7 @@ class Case:
         """Over how many devices a logical axis is split."""
         return math.prod(self.sizes[axis] for axis in self.rules[logical])
 
-    @property
+    @functools.cached_property
     def declared(self) -> Declared:
         return declare(self.run)
 
@@ -172,7 +206,8 @@ class Case:
             return None
         run, definition = self.run, self.declared.definition
         costs = stage_costs(definition, run, head_on_last=run.pipeline.head == "last")
-        return assign_stages(run.model.layer_stacks, self.sizes["pipe"], run.pipeline.virtual_stages, **costs)
+        layer_costs = tuple(costs.pop("layer_costs").items())
+        return _assign(run.model.layer_stacks, self.sizes["pipe"], run.pipeline.virtual_stages, layer_costs, **costs)
 
     @functools.cached_property
     def slots(self) -> tuple[str, ...]:
@@ -205,7 +240,10 @@ class Case:
         found = []
         for parameter in self.declared.parameters:
             shape = self._staged_shape(parameter)
-            found.append((parameter, shape, place(shape, parameter.axes, self.rules, self.sizes, self.run.rules.zero)))
+            rules = tuple((name, self.rules[name]) for name in parameter.axes)
+            found.append(
+                (parameter, shape, _place(shape, parameter.axes, rules, tuple(self.sizes.items()), self.run.rules.zero))
+            )
         return tuple(found)
 
     def _staged_shape(self, parameter: Parameter) -> tuple[int, ...]:

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mtx.config import schema
 from mtx.config.axes import MESH_AXES
-from mtx.planning.case import Case
+from mtx.planning.case import Case, declare
 from mtx.planning.constants import Constants
 from mtx.planning.flops import count_matmul_parameters, model_flops_per_token
 from mtx.planning.hardware import Gpu
@@ -214,9 +215,22 @@ class Plan:
         }
 
 
+def to_gib(size_bytes: float) -> str:
+    """'75.2 GiB': cards are sold in these, though their vendors write GB."""
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
 def describe_mesh(sizes: Mapping[str, int]) -> str:
     """'pipe 35, data 8, tensor 8'."""
     return ", ".join(f"{axis} {sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1) or "one GPU"
+
+
+def count_parameters(run: schema.Run) -> tuple[int, int]:
+    """All that are stored once, and those that a token meets: of routed experts its own only."""
+    model = run.model
+    sizes = [(math.prod(p.shape), "experts" in p.axes) for p in declare(run).parameters]
+    active = (size * model.experts_per_token // model.num_experts if routed else size for size, routed in sizes)
+    return sum(size for size, _ in sizes), sum(active)
 
 
 def flops_per_token(case: Case) -> dict[str, float]:
@@ -250,7 +264,7 @@ def make_plan(
     def step_seconds(other: Case) -> float:
         return estimate_time(other, constants).seconds
 
-    sizes = [(math.prod(p.shape), "experts" in p.axes) for p in case.declared.parameters]
+    total, active = count_parameters(case.run)
     step = estimate_time(case, constants)
     timetable = make_timetable(case, step_seconds)
     tokens = train.tokens if tokens is None else tokens
@@ -258,10 +272,8 @@ def make_plan(
         case=case,
         memory=estimate_memory(case),
         step=step,
-        parameters=sum(size for size, _ in sizes),
-        active_parameters=sum(
-            size * model.experts_per_token // model.num_experts if routed else size for size, routed in sizes
-        ),
+        parameters=total,
+        active_parameters=active,
         matmul_parameters=count_matmul_parameters(model, whole.params, whole.axes),
         flops_per_token=flops_per_token(case),
         timetable=timetable,

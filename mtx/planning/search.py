@@ -1,19 +1,44 @@
 """The layouts of a run on a number of GPUs, ranked, and for each other one the reason why not.
 
-Invariant: the fastest layout of the search is the fastest of all that it may consider.
+Decides which layouts there are: every mesh of so many GPUs, every microbatch size that divides, virtual stages, what is
+recomputed, ZeRO. Which of them may be is for `mtx.config.fit` to say, what they take for the estimates.
+
+Invariant: the fastest layout found is the fastest of all of them. What is passed over unestimated is slower than one
+that fits (it computes more again, or it splits less by ZeRO), or larger than one that does not fit (a longer
+microbatch).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+import sys
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mtx.config import render, schema
-from mtx.planning.case import Case
-from mtx.planning.memory import Memory
-from mtx.planning.step_time import StepTime
+from mtx.config.axes import MESH_AXES
+from mtx.config.fit import Layout, contradictions, misfits
+from mtx.data.ramp import BatchSizes
+from mtx.planning.case import Case, Cluster
+from mtx.planning.constants import Constants
+from mtx.planning.layers import uses_fused_attention
+from mtx.planning.memory import Memory, estimate_memory
+from mtx.planning.plan import to_gib, usable_bytes
+from mtx.planning.step_time import StepTime, estimate_time
+
+MARGIN = 0.05
+"""Of a card's usable memory, that a layout of the search leaves free: the estimate is not exact."""
+
+RECOMPUTE = ("none", "selective", "full")
+"""From the fastest, which keeps most, to the smallest."""
+ZERO = 2
+"""The ZeRO stage that needs least memory, and that exchanges least: weights in the format that multiplies, gradients to
+where they are needed. The others are never faster (a test holds them against it), so that they are not tried."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +58,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A layout, or all layouts of a mesh, that is not ranked.
+    """A layout that is not ranked, or all those of a mesh or a microbatch size.
 
     Attributes:
-        settings: What it differs in, by key of the config.
+        settings: What it is, by key of the config.
         kind: The class of the reason.
         reason: In words, with numbers.
+        candidate: What it would take, of one that does not fit; None of the others, which were not estimated.
     """
 
     settings: Mapping[str, Any]
     kind: str
     reason: str
+    candidate: Candidate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +81,14 @@ class SearchResult:
         run: As it was before.
         ranked: The layouts that fit, by time, then memory.
         rejected: All others.
+        closest: Where none fits, the rejection that is short of least memory, if memory is what was short.
         seconds: That the search took.
     """
 
     run: schema.Run
     ranked: tuple[Candidate, ...]
     rejected: tuple[Rejection, ...]
+    closest: Rejection | None
     seconds: float
 
     @property
@@ -69,6 +98,187 @@ class SearchResult:
 
     def lines(self, candidate: Candidate) -> list[str]:
         """The lines of a config that make the run's layout this one."""
-        return [
-            f"{change.setting.key} = {render.show(change.new)}" for change in render.compare(self.run, candidate.case.run)
-        ]
+        changes = render.compare(self.run, candidate.case.run)
+        return [f"{change.setting.key} = {render.show(change.new)}" for change in changes]
+
+
+def describe_layout(run: schema.Run) -> dict[str, Any]:
+    """The settings that make a layout, those of axes of one device left out."""
+    mesh = {f"Mesh.{axis}": getattr(run.mesh, axis) for axis in MESH_AXES if getattr(run.mesh, axis) > 1}
+    virtual = {"Pipeline.virtual_stages": run.pipeline.virtual_stages} if run.pipeline.virtual_stages > 1 else {}
+    train = {"Train.microbatch_size": run.train.microbatch_size, "Train.recompute": run.train.recompute}
+    return {**mesh, **virtual, **train, "Rules.zero": run.rules.zero}
+
+
+def search_layouts(
+    run: schema.Run, cluster: Cluster, software: str = "mtx", constants: Constants | None = None
+) -> SearchResult:
+    """All layouts of a run on a cluster.
+
+    Args:
+        run: Its mesh, microbatch size, virtual stages, recomputation and ZeRO stage are those that are searched for.
+        cluster: The machines.
+        software: Whose habits the estimates assume.
+        constants: Of the time model; None: those that are shipped.
+    """
+    begin = time.perf_counter()
+    search = _Search(run, cluster, software, constants)
+    for sizes in list_meshes(run, cluster.num_gpus):
+        search.try_mesh(sizes)
+    ranked = sorted(search.found, key=lambda candidate: (candidate.step.seconds, candidate.memory.total))
+    return SearchResult(
+        run=run,
+        ranked=tuple(ranked),
+        rejected=tuple(search.rejected),
+        closest=None if search.closest is None else search.closest[1],
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def list_meshes(run: schema.Run, num_gpus: int) -> Iterator[dict[str, int]]:
+    """Devices along each mesh axis, in all ways to split the GPUs; `expert` only where there are experts."""
+    axes = [axis for axis in MESH_AXES if axis != "expert" or run.model.num_experts]
+
+    def split(left: int, places: int) -> Iterator[tuple[int, ...]]:
+        if places == 1:
+            yield (left,)
+            return
+        for size in _divide(left):
+            yield from ((size, *rest) for rest in split(left // size, places - 1))
+
+    for counts in split(num_gpus, len(axes)):
+        yield dict.fromkeys(MESH_AXES, 1) | dict(zip(axes, counts))
+
+
+def lay_out(run: schema.Run, sizes: Mapping[str, int], **changes: Any) -> schema.Run:
+    """The run on another mesh. Options that have an effect only on axes which the mesh lacks go back to their defaults.
+
+    Args:
+        changes: microbatch_size, recompute, virtual_stages, zero.
+    """
+    pipeline = dataclasses.replace(run.pipeline, virtual_stages=changes.get("virtual_stages", 1))
+    train = dataclasses.replace(
+        run.train,
+        microbatch_size=changes.get("microbatch_size", run.train.microbatch_size),
+        recompute=changes.get("recompute", run.train.recompute),
+    )
+    if sizes["pipe"] == 1:
+        pipeline = schema.Pipeline()
+    elif train.scan_layers:
+        train = dataclasses.replace(train, scan_layers=None)
+    if sizes["context"] == 1:
+        train = dataclasses.replace(train, context_exchange=schema.Train.context_exchange)
+    rules = dataclasses.replace(run.rules, zero=changes.get("zero", run.rules.zero))
+    return dataclasses.replace(run, mesh=schema.Mesh(**sizes), pipeline=pipeline, train=train, rules=rules)
+
+
+class _Search:
+    """The layouts seen so far."""
+
+    def __init__(self, run: schema.Run, cluster: Cluster, software: str, constants: Constants | None):
+        self.run, self.cluster, self.software, self.constants = run, cluster, software, constants
+        self.limit = int((1 - MARGIN) * usable_bytes(cluster.gpu))
+        self.found: list[Candidate] = []
+        self.rejected: list[Rejection] = []
+        self.closest: tuple[int, Rejection] | None = None
+
+    def try_mesh(self, sizes: Mapping[str, int]) -> None:
+        """Finds what is fastest on a mesh, for each microbatch size and number of virtual stages."""
+        plain = lay_out(self.run, sizes, microbatch_size=1)
+        refusal = self._refuse(plain, sizes)
+        if refusal is not None:
+            settings = {f"Mesh.{axis}": size for axis, size in sizes.items() if size > 1}
+            self.rejected.append(Rejection(settings, *refusal))
+            return
+        for microbatch_size in list_microbatch_sizes(plain, sizes):
+            fits = [
+                self._try(sizes, microbatch_size, virtual_stages)
+                for virtual_stages in list_virtual_stages(plain, sizes["pipe"])
+            ]
+            if True not in fits:  # nor would a longer microbatch
+                break
+
+    def _refuse(self, run: schema.Run, sizes: Mapping[str, int]) -> tuple[str, str] | None:
+        """Why a mesh is not possible, or not sensible: class and words."""
+        tensor, domain = sizes["tensor"], self.cluster.domain
+        if domain % tensor:
+            return "tensor leaves NVLink", (
+                f"Mesh.tensor = {tensor} does not divide the {domain} GPUs of an NVLink domain: exchanges of every "
+                "layer would cross the network"
+            )
+        message = find_misfit(run, sizes)
+        if message is not None:
+            return f"refused: {message.split()[0]}", message
+        case = Case(run, self.cluster, self.software)
+        if run.train.attention == "cudnn" and not uses_fused_attention(case):
+            return "no kernel", (
+                f"Train.attention = 'cudnn' cannot compute this attention (head_dim {run.model.head_width}, "
+                f"{run.precision.compute}) on {self.cluster.gpu.name}: set 'auto'"
+            )
+        return None
+
+    def _try(self, sizes: Mapping[str, int], microbatch_size: int, virtual_stages: int) -> bool | None:
+        """Whether anything fits with these; None where the schedule does not allow them."""
+        fixed = {"microbatch_size": microbatch_size, "virtual_stages": virtual_stages}
+        if virtual_stages > 1:
+            run = lay_out(self.run, sizes, **fixed)
+            message = find_misfit(run, sizes)
+            if message is not None:
+                self._reject(run, f"refused: {message.split()[0]}", message)
+                return None
+        for number, recompute in enumerate(RECOMPUTE):
+            run = lay_out(self.run, sizes, **fixed, zero=ZERO, recompute=recompute)
+            case = Case(run, self.cluster, self.software)
+            memory = estimate_memory(case)
+            if memory.total > self.limit:
+                self._reject_memory(Candidate(case, memory, estimate_time(case, self.constants)))
+                continue
+            self.found.append(Candidate(case, memory, estimate_time(case, self.constants)))
+            for slower in RECOMPUTE[number + 1 :]:
+                reason = f"recompute = {recompute!r} fits and computes less again"
+                self._reject(
+                    lay_out(self.run, sizes, **fixed, zero=ZERO, recompute=slower), "needless recompute", reason
+                )
+            return True
+        return False
+
+    def _reject_memory(self, candidate: Candidate) -> None:
+        memory = candidate.memory
+        excess, largest = memory.total - self.limit, max(memory.parts, key=lambda part: memory.parts[part])
+        reason = (
+            f"needs {to_gib(memory.total)}, {to_gib(excess)} more than a layout may fill (of {self.cluster.gpu.name}'s "
+            f"{to_gib(self.cluster.gpu.memory_bytes)}: {to_gib(self.limit)}); largest part: "
+            f"{largest.replace('_', ' ')}, {to_gib(memory.parts[largest])}"
+        )
+        self._reject(candidate.case.run, "does not fit", reason, candidate)
+        if self.closest is None or excess < self.closest[0]:
+            self.closest = excess, self.rejected[-1]
+
+    def _reject(self, run: schema.Run, kind: str, reason: str, candidate: Candidate | None = None) -> None:
+        self.rejected.append(Rejection(describe_layout(run), kind, reason, candidate))
+
+
+def find_misfit(run: schema.Run, sizes: Mapping[str, int]) -> str | None:
+    """The first reason why a run cannot be on a mesh."""
+    layout = Layout(run=run, sizes=sizes)
+    return next(itertools.chain(misfits(layout), contradictions(layout)), None)
+
+
+def list_microbatch_sizes(run: schema.Run, sizes: Mapping[str, int]) -> list[int]:
+    """Those that divide a data shard's share of every batch, ramp included; with the rules of a run that fits."""
+    train = run.train
+    batches = BatchSizes(global_batch_size=train.global_batch_size, seq_len=train.seq_len, ramp=train.batch_ramp)
+    shards = math.prod(sizes[axis] for axis in Layout(run=run, sizes=sizes).rules["batch"])
+    return _divide(math.gcd(*(size // shards for size, _ in batches.spans(sys.maxsize))))
+
+
+def list_virtual_stages(run: schema.Run, num_stages: int) -> list[int]:
+    """Numbers of chunks with which a stage has no more slots for layers, empty ones counted, than with one chunk."""
+    layers = run.model.num_layers
+    slots = -(-layers // num_stages)
+    return [v for v in range(1, slots + 1) if v * -(-layers // (num_stages * v)) == slots] if num_stages > 1 else [1]
+
+
+def _divide(number: int) -> list[int]:
+    """All its divisors."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from mtx.planning.case import Case, Cluster
 from mtx.planning.hardware import Gpu
@@ -46,7 +47,7 @@ def _matmul(cluster: Cluster, factor: float) -> Cluster:
     return _with_gpu(cluster, dense_flops=dense, measured_flops=measured)
 
 
-def _with_gpu(cluster: Cluster, **fields: object) -> Cluster:
+def _with_gpu(cluster: Cluster, **fields: Any) -> Cluster:
     return dataclasses.replace(cluster, gpu=dataclasses.replace(cluster.gpu, **fields))
 
 
