@@ -52,11 +52,11 @@ def apply(args: argparse.Namespace) -> None:
     count = getattr(args, "cpu_devices", None)
     if count is None:
         return
-    os.environ |= _simulate(count, os.environ.get("XLA_FLAGS", ""))
+    os.environ |= simulate(count, os.environ.get("XLA_FLAGS", ""))
 
 
-def _simulate(count: int, flags: str) -> dict[str, str]:
-    """Environment of `count` simulated devices, with XLA's flags besides."""
+def simulate(count: int, flags: str = "") -> dict[str, str]:
+    """What the environment of a process with `count` simulated CPU devices has, with XLA's flags besides."""
     environment = {"JAX_PLATFORMS": "cpu"}
     flags = f"{flags} --xla_force_host_platform_device_count={count}"
     if count > 1:
@@ -77,7 +77,7 @@ def simulated_environment(count: int) -> dict[str, str]:
     from mtx.mesh import ENVIRONMENT
 
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", *ENVIRONMENT))}
-    return inherited | _simulate(count, "--xla_backend_optimization_level=0")
+    return inherited | simulate(count, "--xla_backend_optimization_level=0")
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -45,15 +45,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: All mistakes, each with file:line.
     """
-    if path is None:
-        raise UserError(f"no config given: name a .gin file; {_examples()}")
-    path = Path(path)
-    if path.is_dir():
-        inside = f"its config is {path / 'config.gin'}" if (path / "config.gin").exists() else _examples(path)
-        raise UserError(f"{str(path)!r} is a folder and a config is a file; {inside}")
-    if not path.exists():
-        raise UserError(f"no config file {str(path)!r} (looked in {path.parent.resolve()}); {_examples(path.parent)}")
-    return _resolve(read_file(path, overrides), str(path))
+    found = locate(path)
+    return _resolve(read_file(found, overrides), str(found))
 
 
 def load_text(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
@@ -61,21 +54,56 @@ def load_text(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
     return _resolve(read_text(text, name, overrides), name)
 
 
-def _examples(folder: Path | None = None) -> str:
-    for place in (folder, Path("configs/runs")):
+def locate(path: str | Path | None, *, examples: str = "configs/runs") -> Path:
+    """The path of a config file that exists.
+
+    Args:
+        examples: The folder that messages point to, besides the file's own.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if path is None:
+        raise UserError(f"no config given: name a .gin file; {_examples(examples)}")
+    path = Path(path)
+    if path.is_dir():
+        inside = f"its config is {path / 'config.gin'}" if (path / "config.gin").exists() else _examples(examples, path)
+        raise UserError(f"{str(path)!r} is a folder and a config is a file; {inside}")
+    if not path.exists():
+        there = _examples(examples, path.parent)
+        raise UserError(f"no config file {str(path)!r} (looked in {path.parent.resolve()}); {there}")
+    return path
+
+
+def _examples(examples: str, folder: Path | None = None) -> str:
+    for place in (folder, Path(examples)):
         if place and (found := sorted(map(str, place.glob("*.gin")))):
             return f"there is {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
-    return "the sources have examples in configs/runs/"
+    return f"the sources have examples in {examples}/"
 
 
-def _resolve(script: Script, name: str) -> Config:
+def link(script: Script, name: str) -> tuple[Config, list[str]]:
+    """The config of a script, and all mistakes in it, each with its place: of use only where there are none.
+
+    The mistakes of `checks` are looked for where each line by itself means something.
+    """
     linker = _Linker(script, name)
     run = linker.build_run()
     mistakes = [str(mistake) for mistake in linker.sorted_mistakes()] or checks.check_run(run, linker.provenance)
+    return Config(run, linker.provenance), mistakes
+
+
+def refuse(mistakes: Sequence[str], name: str) -> None:
+    """Raises UserError with all mistakes; returns where there are none."""
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise UserError(f"{count} in the config {name}\n" + "\n".join(mistakes))
-    return Config(run, linker.provenance)
+
+
+def _resolve(script: Script, name: str) -> Config:
+    config, mistakes = link(script, name)
+    refuse(mistakes, name)
+    return config
 
 
 class _Linker:

@@ -40,8 +40,8 @@ class Gpu:
     """Among which the tiles of a matrix product are shared out."""
     float32_flops: float
     """FLOP/s of float32 products as XLA computes them unless it is told otherwise: in TF32, where there is such."""
-    watts: float
-    """Thermal design power of the module: what it draws at most."""
+    watts: float | None
+    """Thermal design power of the module: what it draws at most; None: unknown."""
 
     def peak_flops(self, dtype: str) -> float | None:
         """Dense peak in FLOP/s of matrix products of this format; None where there is none to measure an MFU against.
