@@ -28,6 +28,21 @@ def draw_legend(entries: Iterable[tuple[str, str]]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
+def draw_facts(facts: Iterable[tuple[str, str, str]]) -> str:
+    """Key figures as cards: (name, value, note), all text."""
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class=note>{escape(note)}</dd></div>"
+        for name, value, note in facts
+    )
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def draw_figure(picture: str, caption: str = "") -> str:
+    """A picture, which is SVG already, as wide as the page, under its caption."""
+    above = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure class="wide">{above}{picture}</figure>'
+
+
 def fold(summary: str, content: str) -> str:
     """Content that is shown on a click."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"

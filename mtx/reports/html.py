@@ -9,16 +9,15 @@ Invariant: every text that comes from a run directory is escaped.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from mtx.reports.elements import draw_legend, draw_table, fold, format_time, plural, show
+from mtx.reports.elements import draw_facts, draw_legend, draw_table, fold, format_time, plural, show
 from mtx.reports.history import History, Record, find_differences, points, read_history
 from mtx.reports.incidents import draw_journal
-from mtx.reports.page import STYLE
+from mtx.reports.page import render_page, write_page
 from mtx.reports.survival import draw_survival
 from mtx.reports.svg import NUM_COLORS, Mark, Series, draw_chart
 from mtx.reports.units import format_count, format_duration
@@ -34,9 +33,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
         UserError: One of them is no run directory.
     """
     histories = [read_history(run_dir) for run_dir in run_dirs]
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(render_report(histories), encoding="utf-8")
-    os.replace(partial, out)
+    write_page(out, render_report(histories))
     return [history.summarize() for history in histories]
 
 
@@ -45,10 +42,6 @@ def render_report(histories: Sequence[History]) -> str:
     single = len(histories) == 1
     title = histories[0].name if single else f"{len(histories)} runs compared"
     parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)} - mtx</title><style>{STYLE}</style></head><body><main>",
-        f"<header><h1>{escape(title)}</h1><p>{escape(_subtitle(histories))}</p></header>",
         _draw_facts(histories[0]) if single else _draw_comparison(histories),
         _draw_curves(histories),
     ]
@@ -60,7 +53,7 @@ def render_report(histories: Sequence[History]) -> str:
     for history in histories:
         name = "" if single else f" of {history.name}"
         parts.append(fold(f"Resolved config{name}", f"<pre>{escape(history.config_text)}</pre>"))
-    return "".join(parts) + "</main></body></html>\n"
+    return render_page(title, _subtitle(histories), "".join(parts))
 
 
 def _subtitle(histories: Sequence[History]) -> str:
@@ -112,11 +105,7 @@ def _draw_facts(history: History) -> str:
             plural(figures["attempts"], "attempt"),
         ),
     ]
-    cells = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class=note>{escape(note)}</dd></div>"
-        for name, value, note in facts
-    )
-    return f'<dl class="facts">{"".join(cells)}</dl>'
+    return draw_facts(facts)
 
 
 def _draw_comparison(histories: Sequence[History]) -> str:

@@ -19,6 +19,14 @@ def format_bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
+def format_gib(size_bytes: float) -> str:
+    """GiB, in which GPU memory comes, and smaller binary units for less than one: 38.4 GiB, 620 MiB."""
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size_bytes) >= 0.9995 * factor:
+            return f"{_three_digits(size_bytes / factor)} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
 def format_duration(seconds: float) -> str:
     """Two units at most: 0.42s, 12.3s, 4m 05s, 2h 13m, 5d 07h."""
     if seconds < 59.95:
@@ -30,6 +38,16 @@ def format_duration(seconds: float) -> str:
     if hours < 24:
         return f"{hours}h {minutes:02d}m"
     return f"{hours // 24}d {hours % 24:02d}h"
+
+
+def format_seconds(seconds: float) -> str:
+    """Three digits of a time that may be very short: 13.4 s, 2.65 ms; from 100 s on as a duration."""
+    if seconds >= 99.95:
+        return format_duration(seconds)
+    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= 0.9995 * factor:
+            return f"{_three_digits(seconds / factor)} {unit}"
+    return f"{_three_digits(seconds / 1e-6)} \N{MICRO SIGN}s"
 
 
 def _three_digits(value: float) -> str:
