@@ -163,6 +163,16 @@ class Plan:
         """In the currency of the price."""
         return None if self.gpu_hours is None or self.price is None else self.gpu_hours * self.price
 
+    @property
+    def trust(self) -> str:
+        """What is known about how right the times are."""
+        if self.calibrated:
+            return "The constants of the time model were fitted on measurements of your own machine."
+        said = "The constants of the time model were fitted on published runs of other software"
+        if self.case.software != "mtx":
+            return said + "."
+        return said + "; mtx itself has not been timed on GPUs: `mtx study --calibrate` measures yours."
+
     def tokens_within(self, days: float) -> int:
         """Tokens that are trained on after so many days."""
         return self.timetable.tokens_of(self.timetable.steps_within(days * DAY_S))

@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mtx.config import schema
 from mtx.planning.case import Case, Cluster
@@ -43,17 +44,9 @@ class ScalingPoint:
     efficiency: float
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """Both kinds, from the fewest GPUs up."""
-
-    strong: tuple[ScalingPoint, ...]
-    weak: tuple[ScalingPoint, ...]
-
-
-def scale(case: Case, constants: Constants | None = None) -> Scaling:
-    """Strong and weak scaling around a case."""
-    return Scaling(tuple(strong(case, constants=constants)), tuple(weak(case, constants=constants)))
+def scale(case: Case, constants: Constants | None = None) -> dict[str, list[ScalingPoint]]:
+    """'strong' and 'weak' scaling around a case, each from the fewest GPUs up."""
+    return {"strong": strong(case, constants=constants), "weak": weak(case, constants=constants)}
 
 
 def strong(case: Case, counts: Sequence[int] | None = None, constants: Constants | None = None) -> list[ScalingPoint]:
@@ -118,6 +111,7 @@ def _with_data(case: Case, size: int, grow_batch: bool) -> Case | None:
 # Loss of a model of N parameters after D tokens: E + A / N**ALPHA + B / D**BETA (arXiv 2203.15556, equation 10, as
 # rounded there).
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
+SOURCE = "arXiv 2203.15556, approach 3: L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28"
 TOKENS_PER_PARAMETER = 20.0
 """The rule of thumb that the same paper is known for (approaches 1 and 2)."""
 
@@ -152,7 +146,34 @@ class OptimalSize:
     search: SearchResult
     loss: float
 
+    def as_json(self) -> dict[str, Any]:
+        """The size, not its plan."""
+        model, tokens = self.plan.case.run.model, self.plan.tokens or 0
+        names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff")
+        return {
+            "model": {name: getattr(model, name) for name in names},
+            "parameters": self.plan.parameters,
+            "active_parameters": self.plan.active_parameters,
+            "tokens": tokens,
+            "tokens_per_parameter": tokens / self.plan.active_parameters,
+            "predicted_loss": self.loss,
+            "mfu": self.plan.mfu_model_full,
+        }
 
+
+TEMPLATE = """
+Model.vocab_size = 51200
+Model.d_model = 4096
+Model.num_layers = 32
+Model.num_heads = 32
+Model.max_seq_len = 2048
+Precision.compute = 'bfloat16'
+Train.steps = 1
+Train.seq_len = 2048
+Train.global_batch_size = 2048
+"""
+"""The proportions where no config gives others: GPT, heads 128 wide, 128 of width to a layer, within the range in which
+the loss hardly depends on it (arXiv 2001.08361, figure 5); batches of 4 million tokens."""
 ROUNDS = 6
 """Sizes that are planned at most until the size repeats."""
 
@@ -162,6 +183,8 @@ def compute_optimal(
     cluster: Cluster,
     days: float,
     choose: Callable[[float], float] = optimal_parameters,
+    *,
+    software: str = "mtx",
     constants: Constants | None = None,
     price: float | None = None,
 ) -> OptimalSize | None:
@@ -186,7 +209,7 @@ def compute_optimal(
         key = (run.model.num_layers, run.model.d_model)
         if key in tried:
             return tried[key]
-        search = search_layouts(run, cluster, constants=constants)
+        search = search_layouts(run, cluster, software, constants)
         if not search.ranked:
             return best
         plan = make_plan(search.ranked[0].case, constants, price=price)

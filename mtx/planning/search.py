@@ -101,6 +101,26 @@ class SearchResult:
         changes = render.compare(self.run, candidate.case.run)
         return [f"{change.setting.key} = {render.show(change.new)}" for change in changes]
 
+    def as_json(self) -> dict[str, Any]:
+        """All of it."""
+        ranked = [
+            {
+                "settings": describe_layout(candidate.case.run),
+                "step_seconds": candidate.step.seconds,
+                "bubble_fraction": candidate.step.bubble_fraction,
+                "memory_bytes": candidate.memory.total,
+            }
+            for candidate in self.ranked
+        ]
+        return {
+            "seconds": self.seconds,
+            "memory_margin": MARGIN,
+            "ranked": ranked,
+            "lines": self.lines(self.ranked[0]) if self.ranked else [],
+            "counts": self.counts,
+            "rejected": [dataclasses.asdict(rejection) for rejection in self.rejected],
+        }
+
 
 def describe_layout(run: schema.Run) -> dict[str, Any]:
     """The settings that make a layout, those of axes of one device left out."""

@@ -9,10 +9,12 @@ more GPUs are never slower and never cheaper, which holds but for how well their
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from mtx.config import schema
 from mtx.data.ramp import BatchSizes
@@ -58,6 +60,18 @@ class Sizing:
     points: tuple[Point, ...]
     chosen: Point
 
+    def as_json(self) -> list[dict[str, Any]]:
+        """The points; seconds and GPU-hours are null where nothing fits."""
+        return [
+            {
+                "gpus": point.num_gpus,
+                "run_seconds": point.run_seconds,
+                "gpu_hours": None if point.run_seconds is None else point.gpu_hours,
+                "chosen": point is self.chosen,
+            }
+            for point in self.points
+        ]
+
 
 def list_counts(run: schema.Run, cluster: Cluster) -> list[int]:
     """Numbers of GPUs that layouts can use, ascending, one in each RUNG: the one with the most layouts."""
@@ -93,23 +107,20 @@ class _Ladder:
         run: schema.Run,
         cluster: Cluster,
         tokens: int,
+        software: str,
         constants: Constants | None,
         watch: Callable[[Point], None],
     ):
-        self.run, self.cluster, self.tokens, self.constants, self.watch = run, cluster, tokens, constants, watch
+        self.run, self.cluster, self.tokens, self.watch = run, cluster, tokens, watch
+        self.software, self.constants = software, constants
         self.counts = list_counts(run, cluster)
         self.points: dict[int, Point] = {}
 
     def point(self, index: int) -> Point:
         count = self.counts[index]
         if count not in self.points:
-            cluster = Cluster(
-                gpu=self.cluster.gpu,
-                num_gpus=count,
-                domain=self.cluster.domain,
-                nic_bandwidth=self.cluster.nic_bandwidth,
-            )
-            search = search_layouts(self.run, cluster, constants=self.constants)
+            cluster = dataclasses.replace(self.cluster, num_gpus=count)
+            search = search_layouts(self.run, cluster, self.software, self.constants)
             seconds = self._run_seconds(search.ranked[0].case) if search.ranked else None
             self.points[count] = Point(count, search, seconds)
             self.watch(self.points[count])
@@ -156,6 +167,7 @@ def size_for_deadline(
     cluster: Cluster,
     tokens: int,
     days: float,
+    software: str = "mtx",
     constants: Constants | None = None,
     watch: Callable[[Point], None] = lambda point: None,
 ) -> Sizing:
@@ -169,7 +181,7 @@ def size_for_deadline(
     Raises:
         UserError: No number of GPUs does.
     """
-    ladder = _Ladder(run, cluster, tokens, constants, watch)
+    ladder = _Ladder(run, cluster, tokens, software, constants, watch)
     ideal = _ideal_gpu_seconds(run, cluster, tokens) / (days * DAY_S)
     start = sum(count < 2 * ideal for count in ladder.counts)  # half of the fastest rate
     _, index = ladder.boundary(start, lambda p: p.run_seconds is not None and p.run_seconds <= days * DAY_S)
@@ -191,6 +203,7 @@ def size_for_budget(
     tokens: int,
     budget: float,
     price: float,
+    software: str = "mtx",
     constants: Constants | None = None,
     watch: Callable[[Point], None] = lambda point: None,
 ) -> Sizing:
@@ -203,7 +216,7 @@ def size_for_budget(
     Raises:
         UserError: No number of GPUs is cheap enough.
     """
-    ladder = _Ladder(run, cluster, tokens, constants, watch)
+    ladder = _Ladder(run, cluster, tokens, software, constants, watch)
     state_bytes = 12 * sum(math.prod(p.shape) for p in declare(run).parameters)
     start = sum(count * cluster.gpu.memory_bytes < state_bytes for count in ladder.counts)
     low, _ = ladder.boundary(start, lambda p: p.run_seconds is not None and p.gpu_hours * price > budget)
