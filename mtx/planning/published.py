@@ -8,8 +8,9 @@ Rules. A family of programs keeps its models: where the key/value heads are fewe
 4 times the width, the model is Llama-like (gated MLP, RMSNorm, rotary positions, no biases, untied); Nemotron has
 squared ReLU, rotary positions, no biases and is untied; BLOOM has ALiBi; the others are GPT-like (biases, learned
 positions, tied; untied in the tables of Megatron Core, whose parameter counts show it). Without the split of a
-model-parallel size, tensor takes up to 8 of it. Without a microbatch size the whole share of a data shard is one, with
-a pipeline one sequence. Without a word on recomputation there is none. Layers that are not published follow from the
+model-parallel size, tensor takes up to 8 of it. Without a microbatch size it is one sequence with a pipeline, else the
+largest that fits the GPU; without a word on recomputation there is none if that fits, else all. NeMo splits the
+optimizer's state over data. Layers that are not published follow from the
 FLOP/s and the seconds where the table says how the FLOPs were counted; heads from the width, near 128 each.
 
 Invariant: a run has a case or says why it has none, and no figure is converted by a convention that its source does
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from mtx.optim.adamw import AdamW
 from mtx.planning.case import Case, Cluster
 from mtx.planning.conventions import find_noted, seconds_per_step
 from mtx.planning.hardware import GPUS, Gpu
+from mtx.planning.other_memory import estimate_parts
 
 _TEXTS = (
     "id", "source", "source_seen", "hardware", "precision", "zero_or_fsdp", "sequence_parallel", "recompute", "notes",
@@ -83,13 +86,19 @@ _SOFTWARE = (
     ("mbridge", "megatron-bridge"),
     ("mosaic", "mosaic"),
     ("titan", "torchtitan"),
-    ("pax", "pax"),
+    ("pax_dgxc", "pax-2025"),
+    ("pax_old", "pax-2024-04"),
+    ("pax", "pax-2024"),
     ("t5x", "t5x"),
     ("llmc", "llm.c"),
     ("nanogpt", "nanogpt"),
     ("modded_nanogpt", "modded-nanogpt"),
 )
 """Beginning of an id -> name in `mtx.planning.software`; the first that fits."""
+
+
+_TOLERANCE = 1.1
+"""An estimate up to this share of the GPU's memory fits: what the estimates of memory err by."""
 
 
 @dataclass(frozen=True)
@@ -203,35 +212,52 @@ class _Reader:
         model = self.model()
         mesh, share = self.mesh(gpus)
         sharded = row["zero_or_fsdp"]
-        half_gradients = row["precision"] == "fp16" or "mp_mode=PURE" in notes
+        software = _software(row)
+        half_gradients = (row["precision"] == "fp16" and software != "megatron-2022") or "mp_mode=PURE" in notes
+        if "?" in sharded or not sharded:
+            self.inferred.append("zero_or_fsdp")
+        zero1 = "zero1" in sharded or (not sharded and software.startswith(("nemo", "megatron-bridge")))
         micro = self.count("micro_batch", 0) or int(find_noted(notes, "local_batch") or 0) or None
-        if micro is None:
-            self.inferred.append("micro_batch")
+        batch = self.global_batch(share, micro)
         run = schema.Run(
             model=model,
             mesh=mesh,
             pipeline=schema.Pipeline(virtual_stages=self.count("interleave", 1), head="last"),
-            rules=schema.Rules(
-                sequence_parallel=self.sequence_parallel(mesh.tensor), zero=1 if "zero1" in sharded else 0
-            ),
+            rules=schema.Rules(sequence_parallel=self.sequence_parallel(mesh.tensor), zero=1 if zero1 else 0),
             precision=schema.Precision(compute="bfloat16", gradients="bfloat16" if half_gradients else "float32"),
-            train=schema.Train(
-                steps=1,
-                seq_len=self.count("seq_len"),
-                global_batch_size=self.global_batch(share, micro),
-                microbatch_size=micro,
-                recompute=self.recompute(),
-                optimizer=AdamW(),
-            ),
+            train=schema.Train(steps=1, seq_len=self.count("seq_len"), global_batch_size=batch, optimizer=AdamW()),
             data=schema.Data(),
             tokenizer=schema.Tokenizer(),
             checkpoint=schema.Checkpoint(),
             health=schema.Health(),
             cluster=schema.Cluster(),
         )
-        if "?" in sharded or not sharded:
-            self.inferred.append("zero_or_fsdp")
-        return Case.of(run, self.cluster(gpus), _software(row), check=False), tuple(self.inferred)
+        case = self.fill(Case.of(run, self.cluster(gpus), software, check=False), micro, batch // share)
+        return case, tuple(self.inferred)
+
+    def fill(self, case: Case, micro: int | None, per_shard: int) -> Case:
+        """With the microbatch and the recomputation; where they are not published, the first that fits."""
+        policies: list[Any] = [re.sub(r"\(.*", "", self.row["recompute"])]
+        if not policies[0]:
+            self.inferred.append("recompute")
+            policies = ["none", "full"]
+        sizes = [micro] if micro else [1]
+        if micro is None:
+            self.inferred.append("micro_batch")
+            if case.sizes["pipe"] == 1:
+                sizes = [size for size in range(per_shard, 0, -1) if per_shard % size == 0] or [1]
+        choices = list(itertools.product(policies, sizes))
+        spans_machines = "DCN" in self.row["zero_or_fsdp"]
+        for recompute, size in choices:
+            train = dataclasses.replace(case.run.train, microbatch_size=size, recompute=recompute)
+            case = dataclasses.replace(case, run=dataclasses.replace(case.run, train=train))
+            if len(choices) == 1 and not spans_machines:
+                return case
+            if sum(estimate_parts(case).values()) <= _TOLERANCE * case.cluster.gpu.memory_bytes:
+                return case
+        if spans_machines:
+            raise _Missing("its groups of FSDP span machines, how many is not published")
+        return case
 
     def count(self, name: str, default: int | None = None) -> int:
         if name in self.values:
@@ -322,12 +348,6 @@ class _Reader:
             self.inferred.append("sequence_parallel")
         return _software(self.row) not in ("megatron-2020", "megatron-2021-jan", "megatron-2021", "metaseq", "glm")
 
-    def recompute(self) -> Any:
-        said = self.row["recompute"]
-        if not said:
-            self.inferred.append("recompute")
-        return re.sub(r"\(.*", "", said) or "none"
-
     def global_batch(self, share: int, micro: int | None) -> int:
         if "global_batch" in self.values:
             return self.count("global_batch")
@@ -352,6 +372,6 @@ def _software(row: Mapping[str, str]) -> str:
         return {"V100": "megatron-2020", "A100": "megatron-2022"}.get(row["hardware"][:4], "nemo-2025")
     if name == "torchtitan" and "eager" not in f"{row['id']} {row['notes']}":
         return "torchtitan-compile"
-    if name == "pax" and (row["precision"].endswith("-TE") or row["id"].startswith("pax_dgxc")):
-        return "pax-te"
+    if name in ("pax-2024", "pax-2024-04") and row["precision"].endswith("-TE"):
+        return f"{name}-te"
     return name
