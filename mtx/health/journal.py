@@ -21,7 +21,7 @@ NAME = "journal.jsonl"
 
 Event = Literal[
     "start", "resumed", "accepted", "compiled", "evaluated", "saved", "stored", "save_failed", "skipped", "spike",
-    "rollback", "straggler", "corruption", "hang", "preempted", "finished",
+    "rollback", "straggler", "corruption", "hang", "preempted", "plan", "finished",
 ]  # fmt: skip
 
 

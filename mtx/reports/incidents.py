@@ -97,6 +97,14 @@ def _hang(event: Event) -> str:
     return str(event.get("cause", "no progress")) + (f"; late: {'; '.join(late)}" if late else "")
 
 
+def _plan(event: Event) -> str:
+    planned, measured = event["planned_step_seconds"], event["step_seconds"]
+    times = f"planned {format_duration(planned)} a step, measured {format_duration(measured)}"
+    peak = event.get("peak_bytes")
+    memory = "" if peak is None else f"; {format_bytes(event['planned_bytes'])} of memory, {format_bytes(peak)}"
+    return f"{times} ({measured / planned - 1:+.0%}){memory}"
+
+
 def _because(event: Event) -> str:
     return f": {event['cause']}" if event.get("cause") else ""
 
@@ -125,6 +133,7 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
         f"step {event['step']:,}{_because(event)}" if event.get("step") is not None else str(event["cause"])
     ),
     "hang": _hang,
+    "plan": _plan,
     "preempted": _at_step("stopped after {}"),
     "finished": lambda event: f"all {event['step']:,} steps are done",
 }

@@ -28,6 +28,7 @@ from mtx.health.preemption import Preemption
 from mtx.health.spikes import Skipped, Spike, SpikeDetector
 from mtx.health.stragglers import Stragglers
 from mtx.health.watch import Watch
+from mtx.planning.forecast import Forecast, journal_fields, read_peak_bytes
 from mtx.planning.throughput import Throughput
 from mtx.reports.reporter import Reporter
 from mtx.training.digest import Digester, Digests, describe
@@ -43,7 +44,8 @@ LAST_TRIES, PAUSE_S = 3, 5.0
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a loop tells and asks besides computing. `record` does nothing on processes other than 0."""
+    """What a loop tells and asks besides computing. `record` does nothing on processes other than 0; `forecast` is None
+    where nothing is known of the devices."""
 
     checkpoints: Checkpoints
     record: Callable[..., None]
@@ -51,6 +53,7 @@ class Surroundings:
     preemption: Preemption
     watch: Watch
     stragglers: Stragglers | None
+    forecast: Forecast | None
 
 
 class Loop:
@@ -65,6 +68,7 @@ class Loop:
         self._program: Any = None
         self._program_digest = ""
         self._longest_step = self._longest_save = 0.0
+        self._is_compared_with_plan = around.forecast is None
 
     def run(
         self,
@@ -95,6 +99,7 @@ class Loop:
         self.data, self.detector, self._on_first_step = data, detector, on_first_step
         self._evaluation, self._throughput = Evaluation(self.setup, data), Throughput(self.setup, data.sizes)
         self._first_step, self._own_seconds = start + 1, 0.0
+        self._last_logged: int | None = None
         self._unproven: tuple[int, Future[str] | None] | None = None
         self._validation: dict[str, float | None] = {}  # after the step that is saved
         if start >= self.total_steps:
@@ -162,7 +167,12 @@ class Loop:
             lowered = make_train_step(self.setup).lower(state, batch)
             self._program = lowered.compile()
             memory, seconds = self._program.memory_analysis(), time.perf_counter() - begin
-            self.around.record("compiled", seconds=seconds, temp_bytes=memory.temp_size_in_bytes if memory else None)
+            self.around.record(
+                "compiled",
+                seconds=seconds,
+                temp_bytes=memory.temp_size_in_bytes if memory else None,
+                argument_bytes=memory.argument_size_in_bytes if memory else None,
+            )
             self.around.reporter.message(f"compiled the step in {seconds:.1f} s")
             self._program_digest = hashlib.blake2b(lowered.as_text().encode(), digest_size=8).hexdigest()
         return self._program
@@ -196,7 +206,21 @@ class Loop:
                 **measured,
             }
             self.around.reporter.log(record)
+            if not self._is_compared_with_plan:
+                self._compare_with_plan(step, measured["step_seconds"])
+            self._last_logged = step
         return None
+
+    def _compare_with_plan(self, step: int, step_seconds: float | None) -> None:
+        """Plan beside measurement, once: at the first stretch of whole batches that the first step is not in."""
+        begin = self._last_logged
+        if begin is None or step_seconds is None or self.data.sizes.size(begin) < self.data.sizes.max:
+            return
+        peak_bytes = read_peak_bytes(self.setup.mesh.local_devices)
+        fields = journal_fields(self.around.forecast, step_seconds=step_seconds, peak_bytes=peak_bytes)
+        self.around.record("plan", step=step, **fields)
+        self.around.reporter.told("plan", step=step, **fields)
+        self._is_compared_with_plan = True
 
     def _evaluate(self, params: Any, step: int) -> dict[str, float | None]:
         """The losses on the validation sets; None where one is not finite."""

@@ -42,6 +42,7 @@ from mtx.health.watch import Watch
 from mtx.jsonl import say
 from mtx.mesh import make_mesh
 from mtx.models import count_parameters
+from mtx.planning.forecast import CALIBRATION, Forecast, forecast
 from mtx.reports.reporter import Reporter
 from mtx.sharding import axis_sizes
 from mtx.training.digest import Digester
@@ -294,7 +295,14 @@ class _Attempt:
             preemption=self.preemption,
             watch=self.watch,
             stragglers=Stragglers(ratio=health.straggler_ratio, record=self.record) if compares else None,
+            forecast=self._forecast(),
         )
+
+    def _forecast(self) -> Forecast | None:
+        """What the planner expects of these devices."""
+        file, mesh = os.environ.get(CALIBRATION), self.setup.mesh
+        kind = mesh.devices.flat[0].device_kind
+        return forecast(self.config.run, axis_sizes(mesh), kind, None if file is None else Path(file))
 
     def _describe(self) -> dict[str, Any]:
         """What every checkpoint says about the program that wrote it."""

@@ -57,6 +57,17 @@ EVENTS: list[tuple[dict[str, Any], str]] = [
         "no progress for 60 s; late: process 1 on n1, in step of step 9 for 1m 01s",
     ),
     ({"event": "preempted", "step": 7, "cause": "SIGTERM"}, "stopped after step 7: SIGTERM"),
+    (
+        {
+            "event": "plan",
+            "step": 20,
+            "planned_step_seconds": 2.0,
+            "step_seconds": 2.5,
+            "planned_bytes": 70_500_000_000,
+            "peak_bytes": 66_500_000_000,
+        },
+        "planned 2.00s a step, measured 2.50s (+25%); 70.5 GB of memory, 66.5 GB",
+    ),
     ({"event": "finished", "step": 2000}, "all 2,000 steps are done"),
 ]
 
