@@ -26,12 +26,13 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def hold_lock(run_dir: Path, *, report: Callable[[str], None]) -> Iterator[None]:
+def hold_lock(run_dir: Path, *, report: Callable[[str], None], option: str = "--run-dir") -> Iterator[None]:
     """Holds `RUN_DIR/lock` for the body. For one process of a run; the lock of a child that it forks is the same one.
 
     Args:
         run_dir: Exists.
         report: Told where the file system has no locks; the body runs all the same.
+        option: Of the command, that names another directory.
 
     Raises:
         UserError: Another process holds it.
@@ -43,7 +44,7 @@ def hold_lock(run_dir: Path, *, report: Callable[[str], None]) -> Iterator[None]
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             user = _describe(os.pread(handle, 4096, 0))
-            raise UserError(f"{run_dir} is in use by {user}: stop it, or give another --run-dir") from None
+            raise UserError(f"{run_dir} is in use by {user}: stop it, or give another {option}") from None
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 raise

@@ -12,7 +12,7 @@ name says another one, null where something is unknown or was not measured.
                   "memory_bytes": 8.0e9,      # of one device; of simulated ones, their share of the host's
                   "in_table": false},         # whether its peak is a data sheet's
       "simulated": true,                      # whether any point ran on simulated CPU devices: say it everywhere
-      "conventions": {"flops": "...", "peak": "...", "memory": "...", "plan": "..."},   # sentences to print with figures
+      "conventions": {"flops": "...", "peak": "...", "memory": "...", "plan": "..."},   # sentences for people
       "settings": {"steps": 10, "warmup_steps": 2, "minutes": 5.0},
       "counts": {"measured": 5, "failed": 1, "waiting": 0},
       "calibration": null | {"file": "cpu.json", "free": ["matmul_efficiency"], "points": 5,
@@ -20,8 +20,8 @@ name says another one, null where something is unknown or was not measured.
       "points": [{
         "name": "tiny, data 2", "size": "tiny", "layout": "data 2", "config_digest": "1f...",
         "status": "measured" | "failed" | "waiting",
-        "failure": null | "misfit" | "out of memory" | "time-out" | "crash" | "too many devices",
-        "reason": null | "a sentence",
+        "failure": null | "misfit" | "out of memory" | "time-out" | "crash",
+        "reason": null | "a sentence",                      # of what failed, or of why it waits (more devices needed)
         "run_dir": "points/tiny-data-2" | null,             # relative to the study's directory
         "simulated": true,
         "parameters": 2566272, "heads": 6, "hidden": 192, "layers": 4, "vocab": 4096, "experts": 0, "seq_len": 128,
@@ -47,6 +47,7 @@ name says another one, null where something is unknown or was not measured.
       }, ...]
     }
 
-`memory_bytes` of kind "device" is the peak that the device's allocator reports and is compared with `plan.memory_bytes`;
-of kind "compiler" it is what the compiled step takes, compared with `plan.memory_compiled_bytes`.
+`memory_bytes` of kind "device" is the peak that the device's allocator reports, compared with `plan.memory_bytes`; of
+kind "compiler" it is what the compiled step takes, compared with `plan.memory_compiled_bytes`. A failed point whose
+fields contradict each other has no `parameters` (null); -1 in its `mesh` stands for what is left of the devices.
 """

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,18 +120,21 @@ def _read_gpu(values: Any) -> Gpu:
     }  # no default of either kind
     if missing := required - values.keys():
         raise UserError(f"'gpu' lacks {', '.join(sorted(missing))}: measure anew")
+    hints = typing.get_type_hints(Gpu)
     for name, value in values.items():
-        numbers = value.values() if isinstance(value, dict) else [value]
-        is_text, wants_dict = name in ("name", "device_kind"), name in ("dense_flops", "measured_flops")
-        if isinstance(value, dict) != wants_dict or not all(_is_text(v) if is_text else _is_amount(v) for v in numbers):
-            kind = "text" if is_text else "an object of numbers" if wants_dict else "a number of 0 or more"
-            raise UserError(f"'gpu': {name} = {value!r} is not {kind}")
+        if not _fits(value, hints[name]):
+            raise UserError(f"'gpu': {name} = {value!r} is not {_WORDS.get(hints[name], 'a number of 0 or more')}")
     return Gpu(**values)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+_WORDS = {str: "text", Mapping[str, float]: "an object of numbers"}
 
 
-def _is_amount(value: Any) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is str:
+        return isinstance(value, str)
+    if hint == Mapping[str, float]:
+        return isinstance(value, dict) and all(_fits(item, float) for item in value.values())
+    if value is None:
+        return type(None) in typing.get_args(hint)
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
