@@ -41,11 +41,13 @@ class Network:
 
     Attributes:
         sizes: Devices along each mesh axis.
+        shares_adapters: Whether what all members of a group that are in one domain need comes into it once.
     """
 
     cluster: Cluster
     sizes: Mapping[str, int]
     constants: Constants
+    shares_adapters: bool = True
 
     def group(self, axes: Sequence[str]) -> Group:
         """The devices that differ along these mesh axes only."""
@@ -62,7 +64,8 @@ class Network:
         if group.size == 1:
             return 0.0
         nvlink = size_bytes * (group.local - 1) / group.local / self._nvlink
-        network = size_bytes / group.local * (group.domains - 1) / group.domains / self._nic
+        share = group.local if self.shares_adapters else 1
+        network = size_bytes / share * (group.domains - 1) / group.domains / self._nic
         return max(nvlink, network) + self._latency(group)
 
     def reduce_seconds(self, size_bytes: float, axes: Sequence[str]) -> float:

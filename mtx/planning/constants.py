@@ -19,7 +19,7 @@ from mtx.errors import UserError
 
 SHIPPED = Path(__file__).with_name("fitted.json")
 TYPICAL = "typical"
-"""The quality of software that has none of its own: the median of the fitted ones."""
+"""In the place of a name: software without a quality of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,12 @@ class Constants:
     """Of the fastest measured product: what a large product inside a training step reaches."""
     matmul_fill: float = 256.0
     """Summed length at which a product spends half its time on filling and draining its pipes."""
-    attention_efficiency: float = 0.6
-    """Of the matmul peak: what an attention kernel reaches."""
+    attention_efficiency: float = 0.65
+    """Of the fastest measured product: what a fused attention kernel reaches that is written for its GPU."""
+    first_flash: float = 0.65
+    """Of that, what the first fused kernels reached."""
+    older_instructions: float = 0.62
+    """Of that, what kernels written for Ampere reach on later GPUs, whose new instructions they do not use."""
     memory_efficiency: float = 0.8
     """Of the memory's bandwidth."""
     unfused_traffic: float = 2.0
@@ -53,11 +57,24 @@ class Constants:
     step_launch_s: float = 5e-3
     """Of each step."""
     quality: Mapping[str, float] = field(default_factory=dict)
-    """Software -> how fast it computes, relative to the model with all qualities 1; 'typical': all that is not here."""
+    """How fast software computes, relative to the model with all qualities 1: by 'NAME@GENERATION' of GPUs, or by
+    NAME for all of them; TYPICAL@GENERATION and TYPICAL for all else."""
 
-    def quality_of(self, software: str) -> float:
-        """Of a name of `mtx.planning.software`."""
-        return self.quality.get(software, self.quality.get(TYPICAL, 1.0))
+    def quality_of(self, software: str, generation: str) -> float:
+        """Of a name of `mtx.planning.software` on a generation of `mtx.planning.hardware`.
+
+        On a generation that it was not fitted on, software keeps its distance from what is typical.
+        """
+        exact = self.quality.get(f"{software}@{generation}", self.quality.get(software))
+        if exact is not None:
+            return exact
+        typical = self.quality.get(f"{TYPICAL}@{generation}", self.quality.get(TYPICAL, 1.0))
+        elsewhere = [
+            value / self.quality.get(f"{TYPICAL}@{name.partition('@')[2]}", self.quality.get(TYPICAL, 1.0))
+            for name, value in self.quality.items()
+            if name.partition("@")[0] == software
+        ]
+        return typical * (sum(elsewhere) / len(elsewhere) if elsewhere else 1.0)
 
 
 def read_constants(values: Mapping[str, object]) -> Constants:

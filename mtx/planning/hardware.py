@@ -36,6 +36,8 @@ class Gpu:
     """GPUs that reach each other through NVLink, in the usual system."""
     nic_bandwidth: float
     """Bytes/s per direction and GPU, to other domains, in the usual system."""
+    generation: str
+    """Architecture: 'volta', 'ampere', 'hopper' or 'blackwell'."""
     multiprocessors: int
     """Among which the tiles of a matrix product are shared out."""
     float32_flops: float
@@ -73,6 +75,7 @@ _GPUS = (
         nvlink_bandwidth=150 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=50 * _GBIT,
+        generation="volta",
         multiprocessors=80,
         float32_flops=15.7 * _TERA,
         watts=300,
@@ -87,6 +90,7 @@ _GPUS = (
         nvlink_bandwidth=300 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=200 * _GBIT,
+        generation="ampere",
         multiprocessors=108,
         float32_flops=156 * _TERA,
         watts=400,
@@ -101,6 +105,7 @@ _GPUS = (
         nvlink_bandwidth=300 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=200 * _GBIT,
+        generation="ampere",
         multiprocessors=108,
         float32_flops=156 * _TERA,
         watts=400,
@@ -115,6 +120,7 @@ _GPUS = (
         nvlink_bandwidth=450 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=400 * _GBIT,
+        generation="hopper",
         multiprocessors=132,
         float32_flops=494.5 * _TERA,
         watts=700,
@@ -129,6 +135,7 @@ _GPUS = (
         nvlink_bandwidth=450 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=400 * _GBIT,
+        generation="hopper",
         multiprocessors=132,
         float32_flops=494.5 * _TERA,
         watts=700,
@@ -143,6 +150,7 @@ _GPUS = (
         nvlink_bandwidth=900 * _GIGA,
         nvlink_domain=8,
         nic_bandwidth=400 * _GBIT,
+        generation="blackwell",
         multiprocessors=148,
         float32_flops=1125 * _TERA,
         watts=1000,
@@ -157,6 +165,7 @@ _GPUS = (
         nvlink_bandwidth=900 * _GIGA,
         nvlink_domain=72,
         nic_bandwidth=400 * _GBIT,
+        generation="blackwell",
         multiprocessors=152,
         float32_flops=1250 * _TERA,
         watts=1200,
@@ -170,6 +179,7 @@ _GPUS = (
         nvlink_bandwidth=900 * _GIGA,
         nvlink_domain=72,
         nic_bandwidth=800 * _GBIT,
+        generation="blackwell",
         multiprocessors=152,
         float32_flops=1250 * _TERA,
         watts=1400,

@@ -9,13 +9,13 @@ Invariant: a shape comes from a declaration and the rules of the run, never from
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mtx.optim.decay import is_matrix
 from mtx.planning.case import Case, Parameter
+from mtx.planning.flops import attention_flops_per_token
 from mtx.planning.hlo_products import Product
-from mtx.planning.products import BYTES
 from mtx.planning.software import SOFTWARE
 
 
@@ -25,6 +25,7 @@ class LayerWork:
 
     Attributes:
         products: With weights.
+        last: Those of them that give the layer's result.
         attention: Products of attention with all keys, masked ones too; its FLOPs are `attention_flops`.
         fused: Whether attention is one kernel that leaves out what causality masks and keeps scores on chip.
         score_numbers: Scores in memory, where it is not fused.
@@ -36,6 +37,7 @@ class LayerWork:
     """
 
     products: tuple[Product, ...]
+    last: tuple[Product, ...]
     attention: tuple[Product, ...]
     fused: bool
     score_numbers: float
@@ -72,6 +74,7 @@ def describe_layer(case: Case, stack: str) -> LayerWork:
     routed = sum(1 for p in parameters if "experts" in p.axes) > 0
     return LayerWork(
         products=tuple(_products(case, parameters, tokens)),
+        last=tuple(_products(case, [p for p in parameters if p.axes[-2] == "mlp"], tokens)),
         attention=(Product(batch, queries, width, keys, 1), Product(batch, queries, keys, width, 1)),
         fused=fused,
         score_numbers=0.0 if fused else float(batch * queries * keys),
@@ -83,18 +86,82 @@ def describe_layer(case: Case, stack: str) -> LayerWork:
     )
 
 
+@dataclass(frozen=True)
+class StepWork:
+    """Of one device, all that the time of a step depends on besides constants.
+
+    Attributes:
+        layers: By stack.
+        slots: How many layers of each stack the slowest stage visits for a microbatch, in all its chunks.
+        head: Of the stage that has it, or of all that share it.
+        heads: How many times the slowest stage computes it for a microbatch: 0 or 1.
+        parameters: Numbers of the weights that a device computes with, in all its layers.
+        state_bytes: What the optimizer reads and writes, before replicas share it.
+        hardware_flops: Of one device on average: recomputation counts, and attention to all places.
+    """
+
+    case: Case
+    layers: Mapping[str, LayerWork]
+    slots: Mapping[str, int]
+    head: LayerWork
+    heads: int
+    parameters: float
+    state_bytes: float
+    hardware_flops: float
+
+
+def describe_step(case: Case) -> StepWork:
+    """The work of a step. Stages of other software have as many layers each, or the last one fewer, and the head."""
+    model, pipe = case.run.model, case.sizes["pipe"]
+    lockstep = SOFTWARE[case.software].pipeline == "lockstep"
+    stacks = case.slots if lockstep else model.layer_stacks[: -(-model.num_layers // pipe)]
+    shared = pipe > 1 and lockstep and case.run.pipeline.head == "sharded"
+    # Where layers do not divide, the stage with the head has fewer of them.
+    heads = 1 if pipe == 1 or shared or model.num_layers % pipe == 0 else 0
+    numbers = state = 0.0
+    for parameter in case.declared.parameters:
+        local = local_numbers(case, parameter) / (pipe if parameter.axes[0] == "layers" else 1)
+        moments = sum(math.prod(shape) * width for shape, width in parameter.moments) / math.prod(parameter.shape)
+        numbers += local
+        # Weight and moments are read and written, in float32; the gradient is read; a copy for computing is written.
+        state += local * (8 + 2 * moments + 4 + 2)
+    return StepWork(
+        case=case,
+        layers={stack: describe_layer(case, stack) for stack in dict.fromkeys(model.layer_stacks)},
+        slots={stack: stacks.count(stack) for stack in dict.fromkeys(model.layer_stacks)},
+        head=describe_head(case, shared=shared),
+        heads=heads,
+        parameters=numbers,
+        state_bytes=state,
+        hardware_flops=_hardware_flops(case),
+    )
+
+
+def _hardware_flops(case: Case) -> float:
+    run, model = case.run, case.run.model
+    layers = 0.0
+    for parameter in case.declared.parameters:
+        if parameter.axes[0] == "layers" and is_matrix(parameter.axes):
+            share = model.experts_per_token / model.num_experts if "experts" in parameter.axes else 1.0
+            layers += 2 * math.prod(parameter.shape) * share
+    attention = attention_flops_per_token(model, run.train.seq_len)
+    head = 2.0 * model.vocab_size * model.d_model
+    again = {"none": 0.0, "selective": attention, "full": layers + attention}[run.train.recompute]
+    return case.tokens_per_step * (3 * (layers + attention + head) + again) / case.cluster.num_gpus
+
+
 def describe_head(case: Case, *, shared: bool) -> LayerWork:
     """The work of the head and the loss; those of a vocabulary that the stages share, if it is `shared`."""
     model = case.run.model
     tokens = case.microbatch_size * case.run.train.seq_len // case.shards("seq")
-    table = case.declared.definition.ends.table
-    parameter = next(p for p in case.declared.parameters if p.path == (table, "table"))
-    vocabulary = _local(case, parameter.shape[0], "vocab")
+    table = next(p for p in case.declared.parameters if "vocab" in p.axes)  # the head's is as large as the embedding's
+    vocabulary = _local(case, table.shape[0], "vocab")
     if shared:
         vocabulary = -(-vocabulary // case.sizes["pipe"])
     logits = tokens * vocabulary
     return LayerWork(
         products=(Product(1, tokens, model.d_model, vocabulary, 1),),
+        last=(),
         attention=(),
         fused=True,
         score_numbers=0.0,
@@ -118,7 +185,7 @@ def uses_fused_attention(case: Case) -> bool:
     """Whether attention is one kernel; of 'mtx' as `mtx.nn.attention.choose_kernel` decides it."""
     habit, run, gpu = SOFTWARE[case.software].attention, case.run, case.cluster.gpu
     if habit != "auto":
-        return habit == "fused"
+        return habit != "unfused"
     widest = 128 if gpu.name.startswith(("V100", "A100")) else 256
     return (
         run.train.attention != "xla"
@@ -158,8 +225,3 @@ def _rows(case: Case, parameter: Parameter, tokens: int) -> int:
 
 def _local(case: Case, size: int, axis: str) -> int:
     return -(-size // case.shards(axis))
-
-
-def traffic_bytes(work: LayerWork, case: Case) -> float:
-    """Bytes that elementwise operations move, forward."""
-    return work.traffic * BYTES["float32" if case.run.precision.compute == "float32" else "bfloat16"]

@@ -9,14 +9,13 @@ Invariant: no product is faster than the fastest one that was measured on its GP
 
 from __future__ import annotations
 
-import math
-
 from mtx.planning.constants import Constants
 from mtx.planning.hardware import Gpu
 from mtx.planning.hlo_products import Product
 
-TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-"""Rows and columns that a multiprocessor computes at a time, of which libraries choose the best."""
+TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 128, 0.85), (64, 64, 0.7))
+"""Rows and columns that a multiprocessor computes at a time, and how fast, small ones reading more for each product. Libraries
+choose the best."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
@@ -41,26 +40,15 @@ def product_seconds(product: Product, gpu: Gpu, dtype: str, constants: Constants
     Args:
         dtype: Of its factors.
     """
+    rows, columns, contracted = product.rows, product.columns, product.contracted
     rate = fastest_flops(gpu, dtype) * constants.matmul_efficiency
-    size = max(
-        product.rows
-        * product.columns
-        / (math.ceil(product.rows / r) * r * math.ceil(product.columns / c) * c)
-        * _wave_share(product.batch * math.ceil(product.rows / r) * math.ceil(product.columns / c), gpu.multiprocessors)
-        * _reuse(r, c)
-        for r, c in TILES
-    )
-    filled = product.contracted / (product.contracted + constants.matmul_fill)
-    numbers = product.rows * product.contracted + product.contracted * product.columns + product.rows * product.columns
+    share = 0.0
+    for tile_rows, tile_columns, speed in TILES:
+        tiles = product.batch * -(-rows // tile_rows) * -(-columns // tile_columns)
+        waves = -(-tiles // gpu.multiprocessors)
+        done = product.batch * rows * columns / (waves * gpu.multiprocessors * tile_rows * tile_columns)
+        share = max(share, done * speed)
+    filled = contracted / (contracted + constants.matmul_fill)
+    numbers = rows * contracted + contracted * columns + rows * columns
     memory = product.batch * numbers * BYTES[dtype] / (gpu.memory_bandwidth * constants.memory_efficiency)
-    return max(product.flops / (rate * size * filled), memory * product.executions)
-
-
-def _wave_share(tiles: int, multiprocessors: int) -> float:
-    waves = tiles / multiprocessors
-    return waves / math.ceil(waves)
-
-
-def _reuse(rows: int, columns: int) -> float:
-    """Small tiles read more per product than large ones."""
-    return (1 / 384 + 1 / 192) / (1 / 384 + 1 / rows + 1 / columns) * 1.0 if rows * columns < 256 * 128 else 1.0
+    return max(product.flops / (rate * share * filled), memory * product.executions)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from mtx.planning.case import Case
 from mtx.planning.communication import Network
 from mtx.planning.constants import Constants, load_constants
-from mtx.planning.flops import attention_flops_per_token
-from mtx.planning.layers import LayerWork, describe_head, describe_layer
+from mtx.planning.hlo_products import Product
+from mtx.planning.layers import LayerWork, StepWork, describe_step
 from mtx.planning.products import fastest_flops, product_seconds
 from mtx.planning.software import SOFTWARE
 
@@ -26,6 +26,9 @@ PARTS = (
     "matmul", "attention", "memory_bound", "recompute", "tensor", "context", "expert", "pipeline", "bubble", "data",
     "optimizer", "launch",
 )  # fmt: skip
+MISALIGNED = 1 / 8
+"""Speed of attention's products where heads are not aligned to 16 bytes, and tensor cores are not used. Source: heads
+of 108 in the BLOOM sweep, whose steps take a third longer."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +81,39 @@ class _Clock:
     def __init__(self, case: Case, constants: Constants) -> None:
         self.case, self.constants = case, constants
         self.run, self.gpu, self.software = case.run, case.cluster.gpu, SOFTWARE[case.software]
-        self.network = Network(case.cluster, case.sizes, constants)
-        self.quality = constants.quality_of(case.software)
+        self.network = Network(case.cluster, case.sizes, constants, self.software.shares_adapters)
+        self.quality = constants.quality_of(case.software, self.gpu.generation)
         self.dtype = self.run.precision.compute
         self.width = 4 if self.dtype == "float32" else 2
         self.bandwidth = self.gpu.memory_bandwidth * constants.memory_efficiency
 
-    def products(self, work: LayerWork, *, backward: bool = False) -> float:
-        """Backward, the gradients of input and weight are two products as large as the forward one."""
-        seconds = sum(product_seconds(p, self.gpu, self.dtype, self.constants) for p in work.products)
-        return (2 if backward else 1) * seconds / self.quality
+    def products(self, work: LayerWork) -> tuple[float, float]:
+        """Forward; and backward, where the gradients of input and weight are a product each, as large as that."""
+        forward = backward = 0.0
+        for p in work.products:
+            forward += self._product(p)
+            backward += self._product(Product(p.batch, p.rows, p.columns, p.contracted, 1))
+            backward += self._product(Product(p.batch, p.contracted, p.rows, p.columns, 1))
+        return forward / self.quality, backward / self.quality
 
-    def attention(self, work: LayerWork, *, backward: bool = False) -> float:
+    def _product(self, product: Product) -> float:
+        return product_seconds(product, self.gpu, self.dtype, self.constants)
+
+    def attention(self, work: LayerWork) -> tuple[float, float]:
         """The fused kernel computes what causality leaves, and backward the scores once more: 5 products for 2."""
         if work.fused:
-            rate = fastest_flops(self.gpu, "bfloat16") * self.constants.attention_efficiency
-            return work.attention_flops / 2 * (2.5 if backward else 1) / rate / self.quality
+            rate = fastest_flops(self.gpu, "bfloat16") * self.constants.attention_efficiency * self.quality
+            if self.software.attention == "flash":
+                rate *= self.constants.first_flash
+            if self.software.attention in ("flash", "flash-2") and self.gpu.generation not in ("volta", "ampere"):
+                rate *= self.constants.older_instructions
+            forward = work.attention_flops / 2 / rate
+            return forward, 2.5 * forward
         seconds = sum(product_seconds(p, self.gpu, "bfloat16", self.constants) for p in work.attention)
-        scores = work.score_numbers * 2 * (6 if backward else 5) / self.bandwidth
-        return ((2 if backward else 1) * seconds + scores) / self.quality
+        if self.run.model.head_width % 8 and self.case.software != "mtx":  # XLA fills up what is not aligned
+            seconds /= MISALIGNED
+        passes = work.score_numbers * 2 / self.bandwidth
+        return (seconds + 5 * passes) / self.quality, (2 * seconds + 6 * passes) / self.quality
 
     def traffic(self, work: LayerWork, *, backward: bool = False) -> float:
         unfused = 1.0 if self.software.fused else self.constants.unfused_traffic
@@ -113,7 +130,7 @@ class _Clock:
         if c == 1:
             return 0.0
         seconds = passes * (c - 1) * self.network.permute_seconds(work.keys * self.width, "context")
-        return max(0.0, seconds - self.constants.overlap * self.attention(work, backward=passes > 1))
+        return max(0.0, seconds - self.constants.overlap * self.attention(work)[passes > 1])
 
     def expert(self, work: LayerWork) -> float:
         return 2 * self.network.exchange_seconds(work.dispatched * self.width, self.case.rules["experts"])
@@ -121,27 +138,28 @@ class _Clock:
     def launch(self) -> float:
         return self.constants.layer_launch_s / self.quality
 
-    def layer(self, stack: str) -> tuple[_Pass, _Pass]:
+    def layer(self, work: LayerWork) -> tuple[_Pass, _Pass]:
         """Forward and backward of a layer; what backward computes again is in its `recompute`."""
-        work = describe_layer(self.case, stack)
         full = self.run.train.recompute == "full"
+        (product, product_back), (attention, attention_back) = self.products(work), self.attention(work)
         forward = {
-            "matmul": self.products(work),
-            "attention": self.attention(work),
+            "matmul": product,
+            "attention": attention,
             "memory_bound": self.traffic(work),
             "tensor": self.tensor(4, work),
             "context": self.context(work, 1),
             "expert": self.expert(work),
             "launch": self.launch(),
         }
-        again = 0.0
-        if full:
-            again = forward["matmul"] + forward["attention"] + forward["memory_bound"] + forward["launch"]
-        elif self.run.train.recompute == "selective":
-            again = forward["attention"] + (forward["memory_bound"] if self.case.software == "mtx" else 0.0)
+        computed = product + attention + forward["memory_bound"] + forward["launch"]
+        if not self.software.repeats_last and self.case.stages is None:
+            computed -= sum(self._product(p) for p in work.last) / self.quality
+        again = {"none": 0.0, "full": computed, "selective": self.selective(computed, forward)}[
+            self.run.train.recompute
+        ]
         backward = {
-            "matmul": self.products(work, backward=True),
-            "attention": self.attention(work, backward=True),
+            "matmul": product_back,
+            "attention": attention_back,
             "memory_bound": self.traffic(work, backward=True),
             "recompute": again,
             "tensor": self.tensor(4 + 4 * full, work),
@@ -153,23 +171,32 @@ class _Clock:
         forward["data"], backward["data"] = data
         return _Pass(forward), _Pass(backward)
 
+    def selective(self, computed: float, forward: Mapping[str, float]) -> float:
+        """Seconds of what selective recomputation repeats."""
+        repeats = self.software.selective
+        if repeats == "half":
+            return computed / 2
+        return forward["attention"] + (forward["memory_bound"] if repeats == "elementwise" else 0.0)
+
     def gathered(self, work: LayerWork, forward: float, backward: float) -> tuple[float, float]:
         """Exposed seconds of ZeRO-3's exchanges of a layer: its weights twice, its gradients once."""
         if self.case.sizes["fsdp"] == 1:
             return 0.0, 0.0
         gather = self.network.gather_seconds(work.parameters * self.width, ("fsdp",))
-        wide = 4 if self.run.precision.gradients == "float32" and self.case.software == "mtx" else self.width
+        wide = 4 if self.run.precision.gradients == "float32" else 2
         scatter = self.network.gather_seconds(work.parameters * wide, ("fsdp",))
         overlap = self.constants.overlap if self.software.overlaps else 0.0
         return gather - min(gather * overlap, forward), gather + scatter - min((gather + scatter) * overlap, backward)
 
-    def head(self, *, shared: bool) -> tuple[_Pass, _Pass]:
-        work = describe_head(self.case, shared=shared)
+    def head(self, work: LayerWork) -> tuple[_Pass, _Pass]:
+        """Forward and backward of the head; that of a lockstep pipeline may be shared by all stages."""
+        shared = self.software.pipeline == "lockstep" and self.run.pipeline.head == "sharded"
         tensor = self.tensor(1, work)
         both = 2 * self.network.reduce_seconds(work.exchanged * self.width, ("pipe",)) if shared else 0.0
-        forward = {"matmul": self.products(work), "memory_bound": self.traffic(work), "tensor": tensor}
+        product, product_back = self.products(work)
+        forward = {"matmul": product, "memory_bound": self.traffic(work), "tensor": tensor}
         backward = {
-            "matmul": self.products(work, backward=True),
+            "matmul": product_back,
             "memory_bound": self.traffic(work, backward=True),
             "tensor": tensor,
             "pipeline": both,
@@ -177,32 +204,40 @@ class _Clock:
         return _Pass(forward), _Pass(backward)
 
     def hop(self) -> float:
-        """Seconds of sending an activation to the next stage."""
+        """Exposed seconds of sending an activation to the next stage."""
         case = self.case
         numbers = case.microbatch_size * self.run.train.seq_len * self.run.model.d_model
         shards = (
             case.shards("seq_sp") if self.run.rules.sequence_parallel else case.shards("seq") * case.sizes["tensor"]
         )
-        return self.network.permute_seconds(numbers / shards * self.width, "pipe")
+        seconds = self.network.permute_seconds(numbers / shards * self.width, "pipe")
+        return seconds * (1 - self.constants.overlap if self.software.tensor_overlaps else 1)
 
-    def exchange_weights(self, parameters: float, hideable: float) -> float:
-        """Exposed seconds of what replicas exchange once a step."""
-        case, run = self.case, self.run
-        axes = case.rules["batch"] + case.rules["seq"]
-        axes = tuple(axis for axis in axes if axis != "fsdp")
-        gradients = 4 if run.precision.gradients == "float32" else 2
-        if run.rules.zero == 2:
-            seconds = self.network.gather_seconds(parameters * self.width, axes)
-            seconds += self.network.gather_seconds(parameters * gradients, axes)
-        elif run.rules.zero == 1:
-            seconds = self.network.gather_seconds(parameters * self.width, axes)
-            seconds += self.network.gather_seconds(parameters * gradients, axes)
-            if case.software == "mtx":
-                seconds += self.network.gather_seconds(parameters * gradients, axes)
-        else:
-            seconds = self.network.reduce_seconds(parameters * gradients, axes)
+    def replicas(self, parameters: float, hideable: float) -> float:
+        """Exposed seconds of what replicas exchange once a step: gradients, and with ZeRO weights.
+
+        Args:
+            parameters: Numbers of the weights that a device computes with.
+            hideable: Seconds of computation that it can travel under, where software overlaps it.
+        """
+        rules, zero = self.case.rules, self.run.rules.zero
+        axes = tuple(axis for axis in (*rules["batch"], *rules["seq"]) if axis != "fsdp")
+        local = parameters / self.case.sizes["fsdp"]
+        gradients = local * (4 if self.run.precision.gradients == "float32" else 2)
+        seconds = self.network.gather_seconds(gradients, axes)  # each has the sum of its part
+        if zero:
+            seconds += self.network.gather_seconds(local * self.width, axes)
+        if not zero or (zero == 1 and self.case.software == "mtx"):
+            seconds += self.network.gather_seconds(gradients, axes)
         overlap = self.constants.overlap if self.software.overlaps else 0.0
         return seconds - min(seconds * overlap, hideable)
+
+    def optimizer(self, state_bytes: float) -> float:
+        """Seconds of the update."""
+        rules = self.case.rules
+        replicas = math.prod(self.case.sizes[axis] for axis in (*rules["batch"], *rules["seq"]) if axis != "fsdp")
+        shards = self.case.sizes["fsdp"] * (replicas if self.run.rules.zero else 1)
+        return state_bytes / shards / self.bandwidth
 
 
 def estimate_time(case: Case, constants: Constants | None = None) -> StepTime:
@@ -211,80 +246,35 @@ def estimate_time(case: Case, constants: Constants | None = None) -> StepTime:
     Args:
         constants: Of the model; None: those that are shipped, fitted on published runs.
     """
-    clock = _Clock(case, load_constants() if constants is None else constants)
+    return time_step(describe_step(case), load_constants() if constants is None else constants)
+
+
+def time_step(work: StepWork, constants: Constants) -> StepTime:
+    """The same, of a step that is described already."""
+    case = work.case
+    clock = _Clock(case, constants)
     stages, microbatches = case.sizes["pipe"], case.num_microbatches
-    layers = {stack: clock.layer(stack) for stack in dict.fromkeys(case.run.model.layer_stacks)}
     chunks = case.run.pipeline.virtual_stages if stages > 1 else 1
-    if stages == 1:
-        slots = list(case.run.model.layer_stacks)
-    elif clock.software.pipeline == "lockstep":
-        slots = list(case.slots)
-    else:
-        slots = list(case.run.model.layer_stacks)[: -(-case.run.model.num_layers // stages)]
     forward, backward = _NOTHING, _NOTHING
-    for stack, (ahead, back) in layers.items():
-        forward, backward = forward + ahead * slots.count(stack), backward + back * slots.count(stack)
-    # The head, once for each microbatch: of the stage that everybody waits for.
-    shared = stages > 1 and clock.software.pipeline == "lockstep" and case.run.pipeline.head == "sharded"
-    ahead, back = clock.head(shared=shared)
-    full_stages = case.run.model.num_layers % stages == 0
-    if stages == 1 or full_stages or shared:
-        layer_forward, layer_backward = forward, backward
-        forward, backward = forward + ahead, backward + back
-    else:
-        layer_forward, layer_backward = forward, backward
-    once = (forward + backward) * microbatches
+    for stack, layer in work.layers.items():
+        ahead, back = clock.layer(layer)
+        forward, backward = forward + ahead * work.slots[stack], backward + back * work.slots[stack]
+    ahead, back = clock.head(work.head)
+    slowest_forward, slowest_backward = forward + ahead * work.heads, backward + back * work.heads
+    once = (slowest_forward + slowest_backward) * microbatches
     parts = {name: once.parts.get(name, 0.0) for name in PARTS}
-    waits = (stages - 1) / chunks
-    if clock.software.pipeline == "lockstep":
-        parts["bubble"] = waits * (forward.seconds + backward.seconds)
-    else:
-        parts["bubble"] = waits * (layer_forward.seconds + layer_backward.seconds)
+    # In lockstep, all stages take the time of the slowest one at each tick, those that wait among them.
+    waiting = once.seconds / microbatches if clock.software.pipeline == "lockstep" else (forward + backward).seconds
+    parts["bubble"] = (stages - 1) / chunks * waiting
     if stages > 1:
-        hops = 2 * clock.hop() * (microbatches * chunks + stages - 1)
-        parts["pipeline"] += hops * (1 - clock.constants.overlap if clock.software.tensor_overlaps else 1)
-    _add_step(clock, parts, backward.seconds)
+        parts["pipeline"] += 2 * clock.hop() * (microbatches * chunks + stages - 1)
+    parts["data"] += clock.replicas(work.parameters, slowest_backward.seconds)
+    parts["optimizer"] = clock.optimizer(work.state_bytes)
+    parts["launch"] += constants.step_launch_s
     return StepTime(
         parts=parts,
-        forward_s=forward.seconds / chunks,
-        backward_s=backward.seconds / chunks,
-        bubble_fraction=waits / microbatches,
-        hardware_flops=_hardware_flops(case),
+        forward_s=slowest_forward.seconds / chunks,
+        backward_s=slowest_backward.seconds / chunks,
+        bubble_fraction=(stages - 1) / chunks / microbatches,
+        hardware_flops=work.hardware_flops,
     )
-
-
-def _add_step(clock: _Clock, parts: dict[str, float], backward_s: float) -> None:
-    """What a step does once."""
-    case = clock.case
-    model_shards = math.prod(case.sizes[axis] for axis in ("pipe", "tensor"))
-    numbers = 0.0
-    moved = 0.0
-    for parameter in case.declared.parameters:
-        size = math.prod(parameter.shape)
-        moments = sum(math.prod(shape) * width for shape, width in parameter.moments)
-        local = size / model_shards
-        if "experts" in parameter.axes:
-            local /= case.shards("experts")
-        numbers += local
-        moved += local * (4 + 8 + 2 + 2 * moments / size)
-    replicas = case.cluster.num_gpus / model_shards / case.sizes["fsdp"]
-    shards = case.sizes["fsdp"] * (replicas if case.run.rules.zero else 1)
-    parts["data"] += clock.exchange_weights(numbers / case.sizes["fsdp"], backward_s)
-    parts["optimizer"] = moved / shards / clock.bandwidth
-    parts["launch"] += clock.constants.step_launch_s
-
-
-def _hardware_flops(case: Case) -> float:
-    run, model = case.run, case.run.model
-    sizes = [
-        (math.prod(p.shape), p)
-        for p in case.declared.parameters
-        if p.axes[0] == "layers" and len([axis for axis in p.axes if axis not in ("layers", "experts")]) == 2
-    ]
-    layers = 2.0 * sum(
-        size * (model.experts_per_token / model.num_experts if "experts" in p.axes else 1) for size, p in sizes
-    )
-    attention = attention_flops_per_token(model, run.train.seq_len)
-    head = 2.0 * model.vocab_size * model.d_model
-    again = {"none": 0.0, "selective": attention, "full": layers + attention}[run.train.recompute]
-    return case.tokens_per_step * (3 * (layers + attention + head) + again) / case.cluster.num_gpus
