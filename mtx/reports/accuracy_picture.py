@@ -69,13 +69,14 @@ def draw_accuracy(
         group: f"s{index % NUM_COLORS}" for index, group in enumerate(dict.fromkeys(c.group for c in comparisons))
     }
     parts, top = draw_swatches([Swatch(color, group) for group, color in colors.items()], _LEFT, 8)
+    parts.append(draw_text(WIDTH - _RIGHT, 18.5, f"line: planned = measured; dotted: {BAND:.0%} off", "tick end"))
     top += 24
     bottom = top + _HEIGHT
     values = [value for c in comparisons for value in (c.measured, c.planned)]
     x_scale = Scale.around(values, _LEFT, WIDTH - _RIGHT, is_log=True)
     y_scale = Scale.around(values, bottom, top, is_log=True)
     parts += draw_x_axis(x_scale, top, bottom, format_value, f"measured, {unit}")
-    parts += draw_y_axis(y_scale, _LEFT, WIDTH - _RIGHT, format_value, f"planned, {unit}; dotted: {BAND:.0%} off")
+    parts += draw_y_axis(y_scale, _LEFT, WIDTH - _RIGHT, format_value, f"planned, {unit}")
     for factor, name in ((1 - BAND, "ideal"), (1.0, "axis"), (1 + BAND, "ideal")):
         low, high = max(x_scale.low, x_scale.low / factor), min(x_scale.high, x_scale.high / factor)
         ends = f'x1="{x_scale(low)}" y1="{y_scale(low * factor)}" x2="{x_scale(high)}" y2="{y_scale(high * factor)}"'
@@ -84,5 +85,4 @@ def draw_accuracy(
         told = f"{c.label}: measured {format_value(c.measured)}, planned {format_value(c.planned)} ({c.error:+.1%})"
         place = f'cx="{x_scale(c.measured)}" cy="{y_scale(c.planned)}"'
         parts.append(f'<circle class="fill {colors[c.group]}" r="4.5" {place}><title>{escape(told)}</title></circle>')
-    parts.append(draw_text(x_scale.end - 6, y_scale.end + 16, "planned = measured", "tick end halo"))
     return draw_picture(title, bottom + 44, parts)

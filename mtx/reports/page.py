@@ -96,8 +96,9 @@ tbody tr:last-child td { border-bottom: 0; }
 figure + figure, figure + .scroll, .scroll + figure { margin-top: 14px; }
 .loud { background: var(--card); border: 2px solid var(--bad); border-radius: 10px; padding: 12px 16px;
   font-weight: 600; }
-.tight th, .tight td { padding: 6px 9px; } .tight th { white-space: normal; vertical-align: bottom; }
-.failed { color: var(--bad); font-weight: 600; } .simulated { color: var(--warn); }
+.tight th, .tight td { padding: 6px 9px; } .tight td { white-space: nowrap; }
+.tight th { white-space: normal; vertical-align: bottom; }
+.failed { color: var(--bad); font-weight: 600; } .waiting, .simulated { color: var(--warn); }
 .journal td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; color: var(--soft); }
 .journal td:last-child { overflow-wrap: anywhere; }
 .event { font-weight: 600; } .event.finished { color: var(--good); }

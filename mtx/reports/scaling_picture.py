@@ -53,6 +53,7 @@ def draw_scaling(
     unit: str,
     is_log: bool = True,
     format_y: Callable[[float], str] = format_count,
+    counted: str = "GPUs",
     names: Sequence[str] = (),
 ) -> str:
     """The curves over a logarithmic axis of GPUs; those without points are left out.
@@ -63,20 +64,22 @@ def draw_scaling(
         unit: Of the values, at the head of their axis.
         is_log: Whether the values' axis is logarithmic.
         format_y: From a value to its text.
-        names: Of the colours of curves, in order; curves of one plan and its measurement share one. Default: one each.
+        counted: What the axis counts.
+        names: Of the colours of curves, in order; a plan and its measurement share one. Default: one each.
     """
     curves = [curve for curve in curves if curve.points]
     ideals = [_draw_ideal(curve) for curve in curves]
     gpus = sorted({x for curve in curves for x, _ in curve.points})
     values = [y for curve in curves for _, y in curve.points] + [y for ideal in ideals for _, y in ideal]
     colors = names or [f"s{index % NUM_COLORS}" for index in range(len(curves))]
-    swatches = [
-        Swatch(color, f"{curve.label}{', measured: full dots' if curve.is_measured else ''}")
-        for color, curve in zip(colors, curves)
-    ]
-    parts, top = draw_swatches(swatches, _LEFT, 8)
-    if any(ideals):
-        parts.append(draw_text(WIDTH - _RIGHT, 18.5, "dotted: perfect scaling from the first point", "tick end"))
+    legend = {color: curve.label for color, curve in reversed(list(zip(colors, curves)))}
+    parts, top = draw_swatches([Swatch(color, legend[color]) for color in dict.fromkeys(colors)], _LEFT, 8, WIDTH - 400)
+    marks = {
+        "full dots: measured, lines: planned": any(curve.is_measured for curve in curves),
+        "dotted: perfect scaling from the first point": any(ideals),
+    }
+    note = "; ".join(text for text, is_drawn in marks.items() if is_drawn)
+    parts.append(draw_text(WIDTH - _RIGHT, 18.5, note, "tick end"))
     top += 24
     bottom = top + _HEIGHT
     x_scale = Scale.around(gpus, _LEFT, WIDTH - _RIGHT, is_log=True)
@@ -86,7 +89,7 @@ def draw_scaling(
     for index in space_out(places, 48):
         parts.append(draw_text(places[index], bottom + 17, f"{gpus[index]:,.0f}", "tick middle"))
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(draw_text((_LEFT + WIDTH - _RIGHT) / 2, bottom + 35, "GPUs", "tick middle"))
+    parts.append(draw_text((_LEFT + WIDTH - _RIGHT) / 2, bottom + 35, counted, "tick middle"))
     for ideal in ideals:
         if len(ideal) > 1:
             parts.append(f'<path class="ideal" d="{_trace(ideal, x_scale, y_scale)}"/>')
@@ -95,7 +98,8 @@ def draw_scaling(
         if not curve.is_measured and len(points) > 1:
             parts.append(f'<path class="line {color}" d="{_trace(points, x_scale, y_scale)}"/>')
         for x, y in points:
-            said = escape(f"{curve.label}: {format_y(y)} {unit} on {x:,.0f} GPUs")
+            kind = ", measured" if curve.is_measured else ""
+            said = escape(f"{curve.label}{kind}: {format_y(y)} {unit} on {x:,.0f} {counted}")
             place = f'cx="{x_scale(x)}" cy="{y_scale(y)}"'
             shape = f'class="fill {color}" r="5"' if curve.is_measured else f'class="dot {color}" r="3.5"'
             parts.append(f"<circle {shape} {place}><title>{said}</title></circle>")
