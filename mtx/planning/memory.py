@@ -10,16 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+from mtx.nn.loss import CHUNK_BYTES
+from mtx.planning.activations import FLOAT32, WIDTHS, Layer
 from mtx.planning.case import Case
+from mtx.planning.target import TARGETS
+from mtx.training.remat import SELECTIVE, ring_names
+from mtx.training.state import MOST_LAYERS_IN_LINE
 
 PARTS = (
     "parameters", "compute_weights", "gradients", "optimizer", "activations", "logits", "pipeline", "communication",
     "overhead",
 )  # fmt: skip
 """In the order in which pictures stack them."""
-
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -49,45 +53,172 @@ class Memory:
 
 
 def estimate_memory(case: Case) -> Memory:
-    """The memory of one step."""
+    """The memory of one step at its peak."""
     if case.software != "mtx":
         from mtx.planning.other_memory import estimate_parts
 
         return Memory(dict(estimate_parts(case)))
-    parts = dict.fromkeys(PARTS, 0)
-    run, sizes = case.run, case.sizes
-    wide, compute = _WIDTHS[run.precision.params], _WIDTHS[run.precision.compute]
-    several = case.num_microbatches > 1 or case.stages is not None
-    for parameter, shape, placement in case.placed:
-        stored = case.local_size(shape, placement.storage)
-        parts["parameters"] += stored * wide
-        for moment, width in parameter.moments:
-            same = moment == parameter.shape
-            parts["optimizer"] += width * (case.local_size(shape, placement.optimizer) if same else math.prod(moment))
-        used = stored * math.prod(sizes[axis] for axis in placement.step_axes)
-        width = 4 if placement.in_float32 else compute
-        parts["compute_weights"] += used * width
-        parts["gradients"] += used * (4 if several else width)
-    parts["optimizer"] += case.declared.other_bytes + 4
-    model = run.model
-    tokens = case.microbatch_size * run.train.seq_len // case.shards("seq")
-    heads = model.num_heads * model.head_width // case.shards("heads")
-    kv_heads = 2 * model.kv_heads * model.head_width // case.shards("kv_heads")
-    hidden = (2 if model.gated else 1) * model.ff_width // case.shards("mlp")
-    residual = model.d_model * case.shards("seq") // case.shards("seq_sp")
-    kept = heads + kv_heads + hidden + 2 * residual
-    whole = kept + 2 * model.d_model + 2 * heads + hidden
-    per_layer = {"none": whole, "selective": kept, "full": residual}[run.train.recompute] * tokens * compute
-    if case.stages is None:
-        parts["activations"] = per_layer * len(case.slots) + whole * tokens * compute
-    else:
-        depth = 2 * case.stages.num_stages * case.stages.virtual_stages - 1
-        slots = len(case.stages.slots)
-        parts["activations"] = whole * tokens * compute * slots
-        ring = residual * tokens * compute if run.train.recompute == "full" else slots * per_layer
-        parts["pipeline"] = depth * ring
-    vocab = model.vocab_size // case.shards("vocab")
-    parts["logits"] = 2 * min(2**28, 4 * vocab * tokens) + 4 * vocab * model.d_model
-    parts["communication"] = 2**30 if case.cluster.num_gpus > 1 else 0
-    parts["overhead"] = 2 * 2**30
-    return Memory(parts)
+    return Memory(_Step(case).parts())
+
+
+@dataclass(frozen=True)
+class _Step:
+    case: Case
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes of a number that is computed with."""
+        return WIDTHS[self.case.run.precision.compute]
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        return {stack: Layer(self.case, stack == "expert_layers") for stack in self.case.declared.definition.layers}
+
+    @cached_property
+    def scans_layers(self) -> bool:
+        """As `mtx.training.state.Setup.scans_layers`."""
+        wanted = self.case.run.train.scan_layers
+        if wanted is not None:
+            return wanted
+        return self.case.stages is None and len(self.layers) == 1 and len(self.case.slots) > MOST_LAYERS_IN_LINE
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Whether gradients of several microbatches are added up."""
+        return self.case.num_microbatches > 1 or self.case.stages is not None
+
+    def parts(self) -> dict[str, int]:
+        parts = dict.fromkeys(PARTS, 0)
+        run, case = self.case.run, self.case
+        for parameter, shape, placement in case.placed:
+            parts["parameters"] += case.local_size(shape, placement.storage) * WIDTHS[run.precision.params]
+            for moment, width in parameter.moments:
+                if moment != parameter.shape:
+                    parts["optimizer"] += math.prod(moment) * width
+                elif not run.train.offload_optimizer:
+                    parts["optimizer"] += case.local_size(shape, placement.optimizer) * width
+            used = case.local_size(shape, placement.storage) * math.prod(case.sizes[a] for a in placement.step_axes)
+            width = FLOAT32 if placement.in_float32 else self.width
+            if width != WIDTHS[run.precision.params] or placement.step_axes:
+                parts["compute_weights"] += used * width
+            parts["gradients"] += used * (FLOAT32 if self.accumulates else width)
+            if self.scans_layers and self.accumulates and parameter.axes[0] == "layers":
+                parts["gradients"] += used * width  # of a microbatch, stacked by the loop
+        parts["optimizer"] += case.declared.other_bytes + FLOAT32
+        self._fill_peak(parts)
+        parts["communication"] = 2**30 if case.cluster.num_gpus > 1 else 0
+        parts["overhead"] = 2 * 2**30
+        return parts
+
+    def _fill_peak(self, parts: dict[str, int]) -> None:
+        """What is there at the peak, which is in the head or at the beginning of the backward pass of the layers."""
+        case = self.case
+        kept = self._kept
+        head, table = self._head
+        workspace = self._library_work
+        backward = max((layer.backward_work for layer in self.layers.values()), default=0) + self._one_layer
+        if case.stages is not None:
+            parts["pipeline"] = self._rings
+            slots = case.stages.slots
+            names = ring_names(case.run.train.recompute)
+            kept = sum(self.layers[stack].recompute(names) for stack in slots)
+            received = 4 * next(iter(self.layers.values())).stream
+            parts["pipeline"] += received
+            parts["pipeline"] += self._chunk_weights
+        if backward + table >= head:
+            parts["activations"], parts["logits"] = kept + backward, table
+        else:
+            parts["activations"], parts["logits"] = kept, head
+        parts["activations"] += workspace
+
+    @cached_property
+    def _library_work(self) -> int:
+        """What cuBLASLt is given to work in."""
+        target = TARGETS.get(self.case.cluster.gpu.name)
+        return (32 if target is not None and target.compute_capability >= (9, 0) else 4) * 2**20
+
+    @cached_property
+    def _kept(self) -> int:
+        """Without a pipeline: what all layers keep of a microbatch."""
+        recompute = self.case.run.train.recompute
+        explicit = self.scans_layers or self.case.sizes["fsdp"] > 1
+        total = 0
+        for stack in self.case.slots:
+            layer = self.layers[stack]
+            if recompute == "none":
+                total += layer.keep_all(explicit=explicit)
+            else:
+                total += layer.keep(frozenset({"layer_in", *(SELECTIVE if recompute == "selective" else ())}))
+        if recompute != "none":
+            total += max(
+                self.layers[stack].recompute(frozenset(SELECTIVE) if recompute == "selective" else frozenset())
+                for stack in self.case.slots
+            )
+        return total
+
+    @cached_property
+    def _one_layer(self) -> int:
+        """Weights of the largest layer gathered for ZeRO-3, and their gradients; gradients alone without it."""
+        most = 0
+        for stack in self.layers:
+            gathered = 0
+            for parameter, shape, placement in self.case.placed:
+                if parameter.path[0] == stack and placement.is_matrix:
+                    size = self.case.local_size(shape, placement.compute) * self.width
+                    rows = shape[0] // self.case.shards("layers")
+                    gathered += size // rows if placement.layer_axes else 0
+            most = max(most, gathered)
+        return most
+
+    @cached_property
+    def _chunk_weights(self) -> int:
+        """Of interleaved stages: the weights of the chunk at work."""
+        stages = self.case.stages
+        if stages is None or stages.virtual_stages == 1:
+            return 0
+        total = 0
+        for parameter, shape, placement in self.case.placed:
+            if parameter.axes[0] == "layers" and placement.is_matrix:
+                total += self.case.local_size(shape, placement.compute) * self.width // stages.virtual_stages
+        return total
+
+    @cached_property
+    def _rings(self) -> int:
+        """Inputs and named values of the microbatches in flight."""
+        stages = self.case.stages
+        assert stages is not None
+        names = ring_names(self.case.run.train.recompute)
+        a_chunk = sum(self.layers[stack].keep(names) for stack in stages.slots)
+        layer = self.layers[stages.slots[0]]
+        if "layer_in" not in names:
+            a_chunk += layer.stream
+        return (2 * stages.num_stages * stages.virtual_stages - 1) * a_chunk
+
+    @cached_property
+    def _head(self) -> tuple[int, int]:
+        """Bytes at the peak of the head, and those that stay of it until the layers are done."""
+        case, run = self.case, self.case.run
+        rows = run.model.vocab_size // case.shards("vocab")
+        if case.stages is not None and run.pipeline.head == "sharded":
+            rows = -(-rows // case.stages.num_stages)
+        layer = next(iter(self.layers.values()))
+        seen = layer.gathered if set(case.rules["vocab"]) & set(case.rules["seq_sp"]) else layer.stream
+        tokens = seen // (run.model.d_model * self.width)
+        chunk = min(run.train.loss_chunk_tokens or max(1, CHUNK_BYTES // (FLOAT32 * rows)), tokens)
+        chunks = -(-tokens // chunk)
+        chunk = -(-tokens // chunks)
+        table = rows * run.model.d_model
+        scores, gradients = chunk * rows * FLOAT32, chunk * rows * self.width
+        padded = table * self.width if rows % 8 else 0  # filled up for cuBLAS
+        if chunks > 1:  # the gradient of the table is added up
+            peak = gradients + max(scores, table * FLOAT32) + padded + table * FLOAT32
+        else:
+            peak = gradients + max(scores + padded, table * FLOAT32)
+        gathered = table * self.width if self._table_is_gathered else 0
+        return peak + 2 * seen + gathered, table * self.width + seen
+
+    @property
+    def _table_is_gathered(self) -> bool:
+        """Whether ZeRO-3 splits the head's matrix."""
+        ends = self.case.declared.definition.ends
+        return any(p.path[0] == ends.table and placement.layer_axes for p, _, placement in self.case.placed)
