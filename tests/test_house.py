@@ -49,7 +49,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "mtx/checkpoints/": ("jax", "orbax"),
     "mtx/health/": ("jax",),
     "mtx/planning/": (),
-    "mtx/planning/rehearsal.py": ("jax",),
+    "mtx/planning/rehearsal_child.py": ("jax",),
     "mtx/reports/": ("matplotlib", "rich", "tensorboardX"),
     "mtx/interop/": ("jax", "ml_dtypes", "safetensors"),  # what is read is placed on the mesh, shard by shard
     "mtx/inference/": ("jax",),

@@ -135,11 +135,12 @@ class Program:
         return [(line, self.executions[name]) for name, line in self.find("conditional")]
 
 
-def read_program(text: str, unknown_turns: int | None = None) -> Program:
+def read_program(text: str, unknown_turns: int | Callable[[Instruction], int] | None = None) -> Program:
     """Reads `compiled.as_text()`.
 
     Args:
-        unknown_turns: How often a loop turns whose number of turns is known at run time only.
+        unknown_turns: How often a loop turns whose number of turns is known at run time only; or what says so of such
+            a loop, and is asked in the order of the text.
 
     Raises:
         ValueError: There is no program in the text, or a loop does not say how often it turns.
@@ -166,13 +167,15 @@ def read_program(text: str, unknown_turns: int | None = None) -> Program:
                 raise ValueError(
                     f"how often does the loop {instruction.name} turn? It does not say: give unknown_turns"
                 )
+            guess = unknown_turns(instruction) if turns is None and callable(unknown_turns) else unknown_turns
+            times = turns if turns is not None else int(guess or 0)  # type: ignore[arg-type]
             for role, called in _called(instruction):
                 if called not in calls:
                     raise ValueError(f"{instruction.name} calls {called}, which is not in the text")
                 call = _Call(
                     caller=caller,
                     # The condition is asked once more than the body runs; nothing that counts is in there.
-                    times=turns if turns is not None else unknown_turns or 0,
+                    times=times,
                     is_loop=is_loop,
                     is_branch=role not in ("calls", "to_apply", "body", "condition"),
                     is_estimated=turns is None,

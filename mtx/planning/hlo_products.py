@@ -1,7 +1,7 @@
 """The matrix products of a compiled program and their FLOPs.
 
-Decides what a product is: `dot`, inside fusions too, and calls of cuBLAS and oneDNN. Attention in one kernel (cuDNN) is
-not seen as products.
+Decides what a product is: `dot`, inside fusions too, and calls of cuBLAS and oneDNN; and besides, what attention in one
+kernel (cuDNN) multiplies.
 """
 
 from __future__ import annotations
@@ -69,6 +69,47 @@ def _contracting_dims(line: Instruction, num_dims: int) -> tuple[int, ...]:
     if onednn is None:
         raise ValueError(f"{line.name}: over which dims does it sum? {line.attributes[:300]}")
     return (num_dims - 2,) if onednn.get("transpose_a") else (num_dims - 1,)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Attention in one kernel: [B, T, N, H] queries on [B, S, K, H] keys.
+
+    Attributes:
+        batch: B times N.
+        queries: T.
+        keys: S.
+        width: H.
+        is_backward: Whether it computes gradients.
+        executions: How often it runs.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    width: int
+    is_backward: bool
+    executions: int
+
+    @property
+    def flops(self) -> int:
+        """Of all its executions, masked scores included: two products forward; five backward, one of them again."""
+        products = 5 if self.is_backward else 2
+        return 2 * products * self.batch * self.queries * self.keys * self.width * self.executions
+
+
+def read_attention(program: Program) -> list[AttentionCall]:
+    """Every call of cuDNN's attention that runs."""
+    found = []
+    for computation, line in program.find("custom-call"):
+        target = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', line.attributes)
+        scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', line.attributes)
+        if target and scores:
+            batch, heads, queries, keys = read_integers(scores[1])
+            is_backward, times = target[1].endswith("Backward"), program.executions[computation]
+            width = line.shapes[0].dims[-1]
+            found.append(AttentionCall(batch * heads, queries, keys, width, is_backward, times))
+    return found
 
 
 def count_flops(products: Iterable[Product], classify: Callable[[Product], Hashable]) -> dict[Hashable, int]:

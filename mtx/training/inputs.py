@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtx.data.ramp import Sizes
 from mtx.sharding import batch_spec
@@ -40,6 +42,11 @@ def _spread(setup: Setup, sizes: Sizes, step: int) -> np.ndarray:
     return rows.reshape(-1)
 
 
+def _sharding(setup: Setup, ndim: int) -> NamedSharding:
+    # One token more than the model sees: the sequence is split later, when inputs and targets are cut from it.
+    return NamedSharding(setup.mesh, batch_spec({**setup.rules, "seq": ()}, ndim))
+
+
 def _on_mesh(setup: Setup, samples: np.ndarray, read: Callable[[np.ndarray], dict[str, np.ndarray]]) -> Batch:
     """Global arrays of which this process reads the rows that lie on its devices.
 
@@ -48,15 +55,11 @@ def _on_mesh(setup: Setup, samples: np.ndarray, read: Callable[[np.ndarray], dic
         read: From sample numbers to their rows.
     """
 
-    def sharding(ndim: int) -> NamedSharding:
-        # One token more than the model sees: the sequence is split later, when inputs and targets are cut from it.
-        return NamedSharding(setup.mesh, batch_spec({**setup.rules, "seq": ()}, ndim))
-
     def bounds(index: Any) -> tuple[int, int]:
         start, stop, _ = index[0].indices(len(samples))
         return start, stop
 
-    shards = sorted(set(map(bounds, sharding(1).addressable_devices_indices_map(samples.shape).values())))
+    shards = sorted(set(map(bounds, _sharding(setup, 1).addressable_devices_indices_map(samples.shape).values())))
     mine = np.concatenate([np.arange(start, stop) for start, stop in shards])
     row_of = {int(sample): row for row, sample in enumerate(mine)}
     filled = samples[mine] >= 0
@@ -70,7 +73,7 @@ def _on_mesh(setup: Setup, samples: np.ndarray, read: Callable[[np.ndarray], dic
             return rows[row_of[start] : row_of[start] + stop - start]
 
         shape = (len(samples), *values.shape[1:])
-        batch[name] = jax.make_array_from_callback(shape, sharding(len(shape)), pick)
+        batch[name] = jax.make_array_from_callback(shape, _sharding(setup, len(shape)), pick)
     return batch
 
 
@@ -94,6 +97,26 @@ def make_train_batch(setup: Setup, reader: Reader, sizes: Sizes, step: int) -> B
         assert train.microbatch_size is not None
         count = sizes.size(step) // setup.batch_shards // train.microbatch_size
         batch["num_microbatches"] = np.int32(count)  # type: ignore[assignment]
+    return batch
+
+
+def describe_train_batch(setup: Setup) -> Batch:
+    """What `make_train_batch` gives as `jax.ShapeDtypeStruct` with shardings: what a step is compiled for."""
+    train, rows = setup.run.train, setup.run.train.global_batch_size
+
+    def array(dtype: Any, *shape: int) -> Any:
+        sharding = _sharding(setup, len(shape)) if shape else NamedSharding(setup.mesh, P())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    packed = ("segments", "positions") if setup.run.data.packing == "documents" else ()
+    batch = {name: array(jnp.int32, rows, train.seq_len + 1) for name in ("tokens", *packed)}
+    if train.batch_ramp is not None:
+        batch["weights"] = array(jnp.float32, rows, train.seq_len)
+    if train.dropout > 0:
+        batch["rows"] = array(jnp.int32, rows)
+    batch["learning_rate"] = array(jnp.float32)
+    if train.batch_ramp is not None:
+        batch["num_microbatches"] = array(jnp.int32)
     return batch
 
 
