@@ -85,7 +85,7 @@ def _plan(args: argparse.Namespace) -> None:
     cluster = machines.cluster(config, machines.count(config))
     _check_mesh(config.mesh, cluster.num_gpus)
     case = Case.of(config, cluster, args.software, check=args.software == "mtx")
-    plan = make_plan(case, machines.constants, **machines.terms(args, config))
+    plan = make_plan(case, machines.constants, **machines.terms())
     document = plan.as_json()
     if args.days:
         document["within_days"] = {"days": args.days, "tokens": plan.tokens_within(args.days)}
@@ -107,7 +107,7 @@ def _search(args: argparse.Namespace) -> None:
     search = search_layouts(config, cluster, args.software, machines.constants)
     if not search.ranked:
         raise UserError(plan_text.describe_failure(search))
-    plan = make_plan(search.ranked[0].case, machines.constants, **machines.terms(args, config))
+    plan = make_plan(search.ranked[0].case, machines.constants, **machines.terms())
     if not args.json:
         plan_text.print_search(search)
         plan_text.print_plan(plan)
@@ -123,7 +123,7 @@ def _size(args: argparse.Namespace) -> None:
         raise UserError("--search takes one of --gpus, --days and --budget: the others follow from it")
     config = options.load_config(args).run
     machines = _Machines(args, config)
-    terms = machines.terms(args, config)
+    terms = machines.terms()
     tokens = terms["tokens"] or config.train.tokens
     if tokens is None:
         raise UserError("how many GPUs that takes depends on the tokens to train on: give --tokens, or Train.tokens")
@@ -160,17 +160,22 @@ def _optimize(args: argparse.Namespace) -> None:
         raise UserError("--compute-optimal needs the days that the GPUs train: give --days")
     config = _template(args)
     machines = _Machines(args, config)
-    cluster, price = machines.cluster(config, machines.count(config)), machines.terms(args, config)["price"]
-    settings = {"software": args.software, "constants": machines.constants, "price": price}
-    optimal = scaling.compute_optimal(config, cluster, args.days, **settings)
+    cluster = machines.cluster(config, machines.count(config))
+    optimal = scaling.compute_optimal(
+        config,
+        cluster,
+        args.days,
+        software=args.software,
+        constants=machines.constants,
+        price=args.price,
+        calibrated=machines.calibrated,
+    )
     if optimal is None:
         raise UserError(f"no layout of a model of these proportions fits {cluster.num_gpus} {cluster.gpu.name}")
-    rule = scaling.compute_optimal(config, cluster, args.days, scaling.rule_parameters, **settings)
     if not args.json:
-        plan_text.print_optimal(optimal, rule, args.days)
+        plan_text.print_optimal(optimal, args.days)
         plan_text.print_plan(optimal.plan)
-    found = {"law": optimal.as_json(), "tokens_per_parameter_rule": None if rule is None else rule.as_json()}
-    document = {**optimal.plan.as_json(), "compute_optimal": {"days": args.days, "source": scaling.SOURCE, **found}}
+    document = {**optimal.plan.as_json(), "compute_optimal": {"days": args.days, **optimal.as_json()}}
     _finish(args, machines, optimal.plan, document, optimal.search)
 
 
@@ -263,9 +268,9 @@ class _Machines:
         domain = config.cluster.nvlink_domain
         return Cluster.of(self.gpu, count, domain=domain, nic_bandwidth=nic * self.args.network)
 
-    def terms(self, args: argparse.Namespace, config: schema.Run) -> dict[str, Any]:
+    def terms(self) -> dict[str, Any]:
         """What a plan is told besides its case."""
-        return {"tokens": args.tokens, "price": args.price, "calibrated": self.calibrated}
+        return {"tokens": self.args.tokens, "price": self.args.price, "calibrated": self.calibrated}
 
 
 def _read_calibration(path: Path) -> Any:

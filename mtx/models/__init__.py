@@ -7,6 +7,7 @@ which parameters are in no layer.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,7 @@ class ModelDefinition:
     whole: Definition
     layers: dict[str, Definition]
 
-    @property
+    @functools.cached_property
     def ends(self) -> Ends:
         """The parameters that are in no layer."""
         return _family(self.config).ends(self.config)

@@ -141,15 +141,18 @@ def _assign(
     )
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _place(
-    shape: tuple[int, ...],
-    axes: tuple[str, ...],
+@functools.lru_cache(maxsize=4096)
+def _place_all(
+    parameters: tuple[Parameter, ...],
+    shapes: tuple[tuple[int, ...], ...],
     rules: tuple[tuple[str, tuple[str, ...]], ...],
     sizes: tuple[tuple[str, int], ...],
     zero: int,
-) -> Placement:
-    return place(shape, axes, dict(rules), dict(sizes), zero)
+) -> tuple[tuple[Parameter, tuple[int, ...], Placement], ...]:
+    return tuple(
+        (parameter, shape, place(shape, parameter.axes, dict(rules), dict(sizes), zero))
+        for parameter, shape in zip(parameters, shapes)
+    )
 
 
 @dataclass(frozen=True)
@@ -237,19 +240,16 @@ class Case:
     @functools.cached_property
     def placed(self) -> tuple[tuple[Parameter, tuple[int, ...], Placement], ...]:
         """Each parameter with its shape in the training state, where stages fill up stacks, and its placement."""
-        found = []
-        for parameter in self.declared.parameters:
-            shape = self._staged_shape(parameter)
-            rules = tuple((name, self.rules[name]) for name in parameter.axes)
-            found.append(
-                (parameter, shape, _place(shape, parameter.axes, rules, tuple(self.sizes.items()), self.run.rules.zero))
-            )
-        return tuple(found)
+        shapes = tuple(map(self._staged_shape, self.declared.parameters))
+        rules, sizes = tuple(self.rules.items()), tuple(self.sizes.items())
+        return _place_all(self.declared.parameters, shapes, rules, sizes, self.run.rules.zero)
 
     def _staged_shape(self, parameter: Parameter) -> tuple[int, ...]:
         if self.stages is None or parameter.axes[0] != "layers":
             return parameter.shape
-        return (len(self.stages.order(parameter.path[0])), *parameter.shape[1:])
+        stages = self.stages
+        rows = stages.num_stages * stages.virtual_stages * stages.slots.count(parameter.path[0])
+        return (rows, *parameter.shape[1:])
 
     def local_size(self, shape: tuple[int, ...], spec: Any) -> int:
         """Numbers of an array that one device holds."""

@@ -4,14 +4,14 @@ Decides what is kept. Strong and weak scaling keep the model-parallel part of th
 tensor), the microbatch and the recomputation, and let `data` grow: so the curves show what replicas cost. In strong
 scaling the batch stays, in weak scaling each replica keeps its share of it.
 
-Source of the compute-optimal size: Hoffmann et al., arXiv 2203.15556, approach 3 (equation 10).
+Source of the compute-optimal size: Hoffmann et al., arXiv 2203.15556, approach 3; Besiroglu et al., arXiv 2404.10102.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from mtx.config import schema
 from mtx.planning.case import Case, Cluster
 from mtx.planning.constants import Constants
 from mtx.planning.plan import DAY_S, Plan, count_parameters, flops_per_token, make_plan
+from mtx.planning.products import fastest_flops
 from mtx.planning.search import SearchResult, find_misfit, search_layouts
 from mtx.planning.step_time import estimate_time
 
@@ -108,28 +109,44 @@ def _with_data(case: Case, size: int, grow_batch: bool) -> Case | None:
     return Case(scaled, cluster, case.software)
 
 
-# Loss of a model of N parameters after D tokens: E + A / N**ALPHA + B / D**BETA (arXiv 2203.15556, equation 10, as
-# rounded there).
-E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
-SOURCE = "arXiv 2203.15556, approach 3: L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28"
+@dataclass(frozen=True)
+class Law:
+    """The loss of a model of N parameters after D tokens: e + a / N**alpha + b / D**beta, in nats per token.
+
+    Attributes:
+        source: Where the coefficients stand.
+    """
+
+    source: str
+    e: float
+    a: float
+    b: float
+    alpha: float
+    beta: float
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """Of the authors' models on their text: for comparing sizes."""
+        return self.e + self.a / parameters**self.alpha + self.b / tokens**self.beta
+
+    def optimal_parameters(self, flops: float) -> float:
+        """The size whose loss is least for so many training FLOPs, 6 per parameter and token (2203.15556, eq. 4)."""
+        total = self.alpha + self.beta
+        return float((self.alpha * self.a / (self.beta * self.b)) ** (1 / total) * (flops / 6) ** (self.beta / total))
+
+
+HOFFMANN = Law("arXiv 2203.15556, equation 10, as rounded there", e=1.69, a=406.4, b=410.7, alpha=0.34, beta=0.28)
+LAW = Law(
+    "arXiv 2404.10102, a refit of arXiv 2203.15556's approach 3",
+    e=1.8172,
+    a=482.01,
+    b=2085.43,
+    alpha=0.3478,
+    beta=0.3658,
+)
+"""The one that sizes are chosen by. As printed, the first paper's coefficients have their optimum near 90 tokens a
+parameter, which contradicts its other two approaches; those and this refit have it near 20."""
 TOKENS_PER_PARAMETER = 20.0
-"""The rule of thumb that the same paper is known for (approaches 1 and 2)."""
-
-
-def predict_loss(parameters: float, tokens: float) -> float:
-    """Of a transformer on the authors' text, in nats per token."""
-    return E + A / parameters**ALPHA + B / tokens**BETA
-
-
-def optimal_parameters(flops: float) -> float:
-    """The size whose loss is least for so many training FLOPs, with 6 FLOPs per parameter and token (equation 4)."""
-    scale = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
-    return scale * (flops / 6) ** (BETA / (ALPHA + BETA))
-
-
-def rule_parameters(flops: float) -> float:
-    """The size that has TOKENS_PER_PARAMETER tokens for so many FLOPs."""
-    return math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
+"""The rule of thumb."""
 
 
 @dataclass(frozen=True)
@@ -139,26 +156,53 @@ class OptimalSize:
     Attributes:
         plan: Of the model on its fastest layout, for the tokens that the days allow.
         search: The layouts.
-        loss: As the law predicts it: for comparing sizes, not for this data.
     """
 
     plan: Plan
     search: SearchResult
-    loss: float
+
+    @property
+    def tokens(self) -> int:
+        return self.plan.tokens or 0
+
+    @property
+    def flops(self) -> float:
+        """Of the training, 6 per parameter and token."""
+        return 6.0 * self.plan.active_parameters * self.tokens
+
+    def alternatives(self) -> list[Alternative]:
+        """This size, and what others recommend for as many FLOPs."""
+        sizes = {
+            LAW.source: float(self.plan.active_parameters),
+            HOFFMANN.source: HOFFMANN.optimal_parameters(self.flops),
+            f"{TOKENS_PER_PARAMETER:g} tokens a parameter": math.sqrt(self.flops / 6 / TOKENS_PER_PARAMETER),
+        }
+        return [
+            Alternative(source, n, self.flops / 6 / n, LAW.loss(n, self.flops / 6 / n)) for source, n in sizes.items()
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The size, not its plan."""
-        model, tokens = self.plan.case.run.model, self.plan.tokens or 0
+        model = self.plan.case.run.model
         names = ("num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff")
         return {
             "model": {name: getattr(model, name) for name in names},
-            "parameters": self.plan.parameters,
             "active_parameters": self.plan.active_parameters,
-            "tokens": tokens,
-            "tokens_per_parameter": tokens / self.plan.active_parameters,
-            "predicted_loss": self.loss,
-            "mfu": self.plan.mfu_model_full,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "law": dataclasses.asdict(LAW),
+            "alternatives": [dataclasses.asdict(alternative) for alternative in self.alternatives()],
         }
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A size that somebody recommends; the loss is LAW's."""
+
+    source: str
+    parameters: float
+    tokens: float
+    loss: float
 
 
 TEMPLATE = """
@@ -182,42 +226,37 @@ def compute_optimal(
     template: schema.Run,
     cluster: Cluster,
     days: float,
-    choose: Callable[[float], float] = optimal_parameters,
     *,
     software: str = "mtx",
     constants: Constants | None = None,
     price: float | None = None,
+    calibrated: bool = False,
 ) -> OptimalSize | None:
     """The model, of the template's proportions, that so many GPUs train best in so many days.
 
     The FLOPs that there are depend on how well the model's best layout uses the GPUs, and that on the model: size,
-    layout and rate are found in turn, until the size repeats.
+    layout and rate are found in turn, until the size stays.
 
     Args:
         template: Width / depth, width of a head and of the MLP are kept; its layout is searched for.
-        choose: From training FLOPs to parameters.
 
     Returns:
         None where no layout fits.
     """
-    peak = cluster.gpu.peak_flops(template.precision.compute) or cluster.gpu.float32_flops
-    flops = 0.4 * peak * cluster.num_gpus * days * DAY_S  # where to begin
-    tried: dict[tuple[int, int], OptimalSize] = {}
-    best: OptimalSize | None = None
+    flops = 0.4 * fastest_flops(cluster.gpu, template.precision.compute) * cluster.num_gpus * days * DAY_S
+    found: OptimalSize | None = None
     for _ in range(ROUNDS):
-        run = resize(template, choose(flops))
-        key = (run.model.num_layers, run.model.d_model)
-        if key in tried:
-            return tried[key]
+        run = resize(template, LAW.optimal_parameters(flops))
+        if found is not None and run.model == found.plan.case.run.model:
+            break
         search = search_layouts(run, cluster, software, constants)
         if not search.ranked:
-            return best
-        plan = make_plan(search.ranked[0].case, constants, price=price)
+            break
+        plan = make_plan(search.ranked[0].case, constants, price=price, calibrated=calibrated)
         plan = dataclasses.replace(plan, steps=plan.timetable.steps_within(days * DAY_S))
-        tokens = plan.tokens or 0
-        best = tried[key] = OptimalSize(plan, search, predict_loss(plan.active_parameters, max(1, tokens)))
-        flops = 6.0 * plan.active_parameters * tokens
-    return best
+        found = OptimalSize(plan, search)
+        flops = found.flops
+    return found
 
 
 def resize(template: schema.Run, parameters: float) -> schema.Run:

@@ -4,13 +4,14 @@ Decides which layouts there are: every mesh of so many GPUs, every microbatch si
 recomputed, ZeRO. Which of them may be is for `mtx.config.fit` to say, what they take for the estimates.
 
 Invariant: the fastest layout found is the fastest of all of them. What is passed over unestimated is slower than one
-that fits (it computes more again, or it splits less by ZeRO), or larger than one that does not fit (a longer
-microbatch).
+that fits (it computes more again, or it splits less by ZeRO), slower than enough others whatever its rate (its bubble
+alone), or larger than one that does not fit (a longer microbatch).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import math
 import sys
@@ -24,15 +25,20 @@ from mtx.config import render, schema
 from mtx.config.axes import MESH_AXES
 from mtx.config.fit import Layout, contradictions, misfits
 from mtx.data.ramp import BatchSizes
-from mtx.planning.case import Case, Cluster
-from mtx.planning.constants import Constants
+from mtx.planning.case import Case, Cluster, declare
+from mtx.planning.constants import Constants, load_constants
+from mtx.planning.flops import model_flops_per_token
 from mtx.planning.layers import uses_fused_attention
 from mtx.planning.memory import Memory, estimate_memory
 from mtx.planning.plan import to_gib, usable_bytes
+from mtx.planning.products import fastest_flops
 from mtx.planning.step_time import StepTime, estimate_time
 
 MARGIN = 0.05
 """Of a card's usable memory, that a layout of the search leaves free: the estimate is not exact."""
+
+KEEP = 25
+"""Layouts that are ranked, where so many fit."""
 
 RECOMPUTE = ("none", "selective", "full")
 """From the fastest, which keeps most, to the smallest."""
@@ -118,7 +124,10 @@ class SearchResult:
             "ranked": ranked,
             "lines": self.lines(self.ranked[0]) if self.ranked else [],
             "counts": self.counts,
-            "rejected": [dataclasses.asdict(rejection) for rejection in self.rejected],
+            "rejected": [
+                {"settings": dict(rejection.settings), "kind": rejection.kind, "reason": rejection.reason}
+                for rejection in self.rejected
+            ],
         }
 
 
@@ -131,7 +140,12 @@ def describe_layout(run: schema.Run) -> dict[str, Any]:
 
 
 def search_layouts(
-    run: schema.Run, cluster: Cluster, software: str = "mtx", constants: Constants | None = None
+    run: schema.Run,
+    cluster: Cluster,
+    software: str = "mtx",
+    constants: Constants | None = None,
+    *,
+    keep: int = KEEP,
 ) -> SearchResult:
     """All layouts of a run on a cluster.
 
@@ -140,15 +154,16 @@ def search_layouts(
         cluster: The machines.
         software: Whose habits the estimates assume.
         constants: Of the time model; None: those that are shipped.
+        keep: How many of the fastest are wanted; what cannot be one of them is not estimated.
     """
     begin = time.perf_counter()
-    search = _Search(run, cluster, software, constants)
+    search = _Search(run, cluster, software, constants, keep)
     for sizes in list_meshes(run, cluster.num_gpus):
-        search.try_mesh(sizes)
-    ranked = sorted(search.found, key=lambda candidate: (candidate.step.seconds, candidate.memory.total))
+        search.list_options(sizes)
+    search.estimate()
     return SearchResult(
         run=run,
-        ranked=tuple(ranked),
+        ranked=tuple(search.found),
         rejected=tuple(search.rejected),
         closest=None if search.closest is None else search.closest[1],
         seconds=time.perf_counter() - begin,
@@ -192,31 +207,98 @@ def lay_out(run: schema.Run, sizes: Mapping[str, int], **changes: Any) -> schema
     return dataclasses.replace(run, mesh=schema.Mesh(**sizes), pipeline=pipeline, train=train, rules=rules)
 
 
+@dataclass(frozen=True)
+class _Option:
+    """A layout but for what is recomputed, and the seconds that a step cannot go below."""
+
+    sizes: Mapping[str, int]
+    microbatch_size: int
+    virtual_stages: int
+    least_seconds: float
+
+    @property
+    def line(self) -> tuple[tuple[int, ...], int]:
+        """What it shares with those of other microbatch sizes."""
+        return tuple(self.sizes.values()), self.virtual_stages
+
+    def run(self, run: schema.Run, recompute: str) -> schema.Run:
+        """The run with it."""
+        return lay_out(
+            run,
+            self.sizes,
+            microbatch_size=self.microbatch_size,
+            virtual_stages=self.virtual_stages,
+            recompute=recompute,
+            zero=ZERO,
+        )
+
+
 class _Search:
     """The layouts seen so far."""
 
-    def __init__(self, run: schema.Run, cluster: Cluster, software: str, constants: Constants | None):
-        self.run, self.cluster, self.software, self.constants = run, cluster, software, constants
+    def __init__(self, run: schema.Run, cluster: Cluster, software: str, constants: Constants | None, keep: int):
+        self.run, self.cluster, self.software, self.keep = run, cluster, software, keep
+        self.constants = load_constants() if constants is None else constants
         self.limit = int((1 - MARGIN) * usable_bytes(cluster.gpu))
+        self.options: list[_Option] = []
         self.found: list[Candidate] = []
         self.rejected: list[Rejection] = []
         self.closest: tuple[int, Rejection] | None = None
+        self.layer_seconds = self._least_layer_seconds()
 
-    def try_mesh(self, sizes: Mapping[str, int]) -> None:
-        """Finds what is fastest on a mesh, for each microbatch size and number of virtual stages."""
+    def _least_layer_seconds(self) -> float:
+        """Of the layers of a whole step, if all GPUs did nothing but products at the fastest measured rate."""
+        run, whole = self.run, declare(self.run).definition.whole
+        flops = model_flops_per_token(run.model, whole.params, whole.axes, run.train.seq_len, "causal")
+        flops -= 6 * run.model.vocab_size * run.model.d_model  # the head has its own place in a pipeline
+        gpu, tokens = self.cluster.gpu, run.train.global_batch_size * run.train.seq_len
+        quality = max(1.0, self.constants.quality_of(self.software, gpu.generation))
+        return flops * tokens / (fastest_flops(gpu, run.precision.compute) * quality * self.cluster.num_gpus)
+
+    def list_options(self, sizes: Mapping[str, int]) -> None:
+        """All that a mesh leaves open, unless it is rejected as a whole."""
         plain = lay_out(self.run, sizes, microbatch_size=1)
         refusal = self._refuse(plain, sizes)
         if refusal is not None:
             settings = {f"Mesh.{axis}": size for axis, size in sizes.items() if size > 1}
             self.rejected.append(Rejection(settings, *refusal))
             return
+        share = self.run.train.global_batch_size // Case(plain, self.cluster).shards("batch")
         for microbatch_size in list_microbatch_sizes(plain, sizes):
-            fits = [
-                self._try(sizes, microbatch_size, virtual_stages)
-                for virtual_stages in list_virtual_stages(plain, sizes["pipe"])
-            ]
-            if True not in fits:  # nor would a longer microbatch
-                break
+            for virtual_stages in list_virtual_stages(plain, sizes["pipe"]):
+                bubble = (sizes["pipe"] - 1) / (virtual_stages * (share // microbatch_size))
+                option = _Option(sizes, microbatch_size, virtual_stages, self.layer_seconds * (1 + bubble))
+                message = None
+                if virtual_stages > 1:
+                    message = find_misfit(option.run(self.run, self.run.train.recompute), sizes)
+                if message is None:
+                    self.options.append(option)
+                else:
+                    settings = describe_layout(option.run(self.run, self.run.train.recompute))
+                    self.rejected.append(Rejection(settings, f"refused: {message.split()[0]}", message))
+
+    def estimate(self) -> None:
+        """Best first: an option waits with the seconds that it takes at least, then with those of a recomputation."""
+        order = itertools.count()
+        waiting = [(option.least_seconds, next(order), option, -1) for option in self.options]
+        heapq.heapify(waiting)
+        shortest: dict[object, int] = {}  # mesh and virtual stages -> the microbatch that does not fit at all
+        while waiting and len(self.found) < self.keep:
+            _, _, option, level = heapq.heappop(waiting)
+            if option.microbatch_size >= shortest.get(option.line, sys.maxsize):
+                reason = f"nor does Train.microbatch_size = {shortest[option.line]}"
+                self._reject(option.run(self.run, RECOMPUTE[-1]), "does not fit", reason)
+                continue
+            if level >= 0 and self._try(option, level):
+                continue
+            if level + 1 < len(RECOMPUTE):
+                seconds = estimate_time(self._case(option, level + 1), self.constants).seconds
+                heapq.heappush(waiting, (seconds, next(order), option, level + 1))
+            else:
+                shortest[option.line] = option.microbatch_size
+        self.found.sort(key=lambda candidate: (candidate.step.seconds, candidate.memory.total))
+        for seconds, _, option, level in sorted(waiting):
+            self._reject_slower(option, level, seconds)
 
     def _refuse(self, run: schema.Run, sizes: Mapping[str, int]) -> tuple[str, str] | None:
         """Why a mesh is not possible, or not sensible: class and words."""
@@ -237,30 +319,34 @@ class _Search:
             )
         return None
 
-    def _try(self, sizes: Mapping[str, int], microbatch_size: int, virtual_stages: int) -> bool | None:
-        """Whether anything fits with these; None where the schedule does not allow them."""
-        fixed = {"microbatch_size": microbatch_size, "virtual_stages": virtual_stages}
-        if virtual_stages > 1:
-            run = lay_out(self.run, sizes, **fixed)
-            message = find_misfit(run, sizes)
-            if message is not None:
-                self._reject(run, f"refused: {message.split()[0]}", message)
-                return None
-        for number, recompute in enumerate(RECOMPUTE):
-            run = lay_out(self.run, sizes, **fixed, zero=ZERO, recompute=recompute)
-            case = Case(run, self.cluster, self.software)
-            memory = estimate_memory(case)
-            if memory.total > self.limit:
-                self._reject_memory(Candidate(case, memory, estimate_time(case, self.constants)))
-                continue
-            self.found.append(Candidate(case, memory, estimate_time(case, self.constants)))
-            for slower in RECOMPUTE[number + 1 :]:
-                reason = f"recompute = {recompute!r} fits and computes less again"
-                self._reject(
-                    lay_out(self.run, sizes, **fixed, zero=ZERO, recompute=slower), "needless recompute", reason
-                )
-            return True
-        return False
+    def _case(self, option: _Option, level: int) -> Case:
+        return Case(option.run(self.run, RECOMPUTE[level]), self.cluster, self.software)
+
+    def _try(self, option: _Option, level: int) -> bool:
+        """Whether it fits."""
+        case = self._case(option, level)
+        candidate = Candidate(case, estimate_memory(case), estimate_time(case, self.constants))
+        if candidate.memory.total > self.limit:
+            self._reject_memory(candidate)
+            return False
+        self.found.append(candidate)
+        for slower in RECOMPUTE[level + 1 :]:
+            reason = f"recompute = {RECOMPUTE[level]!r} fits and computes less again"
+            self._reject(option.run(self.run, slower), "needless recompute", reason)
+        return True
+
+    def _reject_slower(self, option: _Option, level: int, seconds: float) -> None:
+        taken = f"{len(self.found)} layouts take {self.found[-1].step.seconds:.4g} s or less"
+        run = option.run(self.run, RECOMPUTE[max(0, level)])
+        if level < 0:
+            bubble = option.least_seconds / self.layer_seconds - 1
+            reason = (
+                f"stages wait {bubble:.0%} of the time that they work: {seconds:.4g} s even if all else went at the "
+                f"GPU's fastest rate; {taken}"
+            )
+            self._reject(run, "bubble", reason)
+        else:
+            self._reject(run, "slower", f"at least {seconds:.4g} s; {taken}")
 
     def _reject_memory(self, candidate: Candidate) -> None:
         memory = candidate.memory

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mtx.planning.accuracy import Comparison, Errors, Summary
 from mtx.planning.layers import uses_fused_attention
 from mtx.planning.plan import DAY_S, Plan, describe_mesh, usable_bytes
-from mtx.planning.scaling import TOKENS_PER_PARAMETER, OptimalSize
+from mtx.planning.scaling import OptimalSize
 from mtx.planning.search import MARGIN, SearchResult
 from mtx.planning.sizing import Sizing
 from mtx.reports.tables import print_table
@@ -129,8 +129,8 @@ def print_deadline(plan: Plan, days: float) -> None:
 def print_search(search: SearchResult) -> None:
     """The best layouts, how many others there are by reason, and the best one's lines."""
     print(
-        f"{len(search.ranked)} layouts fit with {MARGIN:.0%} of the memory to spare, {len(search.rejected)} were "
-        f"rejected, in {search.seconds:.1f} s"
+        f"the {len(search.ranked)} fastest layouts that fit with {MARGIN:.0%} of the memory to spare; "
+        f"{len(search.rejected)} were rejected; {search.seconds:.1f} s"
     )
     rows = []
     for rank, candidate in enumerate(search.ranked[:SHOWN], 1):
@@ -178,31 +178,25 @@ def print_sizing(sizing: Sizing, price: float | None) -> None:
     print()
 
 
-def print_optimal(optimal: OptimalSize, rule: OptimalSize | None, days: float) -> None:
+def print_optimal(optimal: OptimalSize, days: float) -> None:
     """The size of a model for a number of GPUs and days."""
-    rows = []
-    for name, size in (("law", optimal), (f"{TOKENS_PER_PARAMETER:g} tokens a parameter", rule)):
-        if size is None:
-            continue
-        plan, model = size.plan, size.plan.case.run.model
-        tokens = plan.tokens or 0
-        rows.append(
-            [
-                name,
-                format_count(plan.active_parameters),
-                format_count(tokens),
-                f"{tokens / plan.active_parameters:.1f}",
-                f"{model.num_layers} x {model.d_model}",
-                "-" if plan.mfu_model_full is None else f"{plan.mfu_model_full:.1%}",
-                f"{size.loss:.4f}",
-            ]
-        )
-    head = ["compute-optimal", "parameters", "tokens", "ratio", "layers x width", "MFU", "predicted loss"]
-    print_table(head, rows)
+    model, plan = optimal.plan.case.run.model, optimal.plan
     print(
-        f"{days:g} days. The law is that of Hoffmann et al. (arXiv 2203.15556, approach 3); its losses compare sizes, "
-        "on other text they are others.\n"
+        f"{plan.num_gpus} GPUs do {optimal.flops:.3g} FLOPs in {days:g} days: {model.num_layers} layers of width "
+        f"{model.d_model}, {format_count(plan.active_parameters)} parameters, {format_count(optimal.tokens)} tokens"
     )
+    rows = [
+        [
+            a.source,
+            format_count(a.parameters),
+            format_count(a.tokens),
+            f"{a.tokens / a.parameters:.1f}",
+            f"{a.loss:.4f}",
+        ]
+        for a in optimal.alternatives()
+    ]
+    print_table(["for as many FLOPs", "parameters", "tokens", "ratio", "loss, by the first"], rows)
+    print()
 
 
 def print_comparisons(comparisons: Sequence[Comparison], summary: Summary) -> None:
