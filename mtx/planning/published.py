@@ -9,9 +9,10 @@ Rules. A family of programs keeps its models: where the key/value heads are fewe
 squared ReLU, rotary positions, no biases and is untied; BLOOM has ALiBi; the others are GPT-like (biases, learned
 positions, tied; untied in the tables of Megatron Core, whose parameter counts show it). Without the split of a
 model-parallel size, tensor takes up to 8 of it. Without a microbatch size it is one sequence with a pipeline, else the
-largest that fits the GPU; without a word on recomputation there is none if that fits, else all. NeMo splits the
-optimizer's state over data. Layers that are not published follow from the
-FLOP/s and the seconds where the table says how the FLOPs were counted; heads from the width, near 128 each.
+largest that fits the GPU; without a word on recomputation there is none if that fits, else all (torchtitan: selective
+if that fits, as its own configurations have it). NeMo splits the optimizer's state over data. Layers that are not
+published follow from the FLOP/s and the seconds where the table says how the FLOPs were counted; heads from the width,
+near 128 each.
 
 Invariant: a run has a case or says why it has none, and no figure is converted by a convention that its source does
 not state.
@@ -97,6 +98,10 @@ _SOFTWARE = (
 """Beginning of an id -> name in `mtx.planning.software`; the first that fits."""
 
 
+_MEM_GB = 1000 * 2**20
+"""nvidia-smi prints MiB, and the column keeps their thousands: its largest, 80, is more GiB than an A100 of 80 GiB has
+for programs (79.3)."""
+
 _TOLERANCE = 1.1
 """An estimate up to this share of the GPU's memory fits: what the estimates of memory err by."""
 
@@ -169,7 +174,7 @@ def _read_row(row: dict[str, Any], where: str) -> PublishedRun:
         case, inferred = _Reader(row, values).case()
     except (_Missing, UserError) as reason:
         skipped = str(reason)
-    memory = find_noted(notes, "mem_gb", 1e9) or find_noted(notes, "mem_gib", 2**30)
+    memory = find_noted(notes, "mem_gb", _MEM_GB) or find_noted(notes, "mem_gib", 2**30)
     return PublishedRun(
         id=row["id"],
         row=row,
@@ -240,7 +245,7 @@ class _Reader:
         policies: list[Any] = [re.sub(r"\(.*", "", self.row["recompute"])]
         if not policies[0]:
             self.inferred.append("recompute")
-            policies = ["none", "full"]
+            policies = ["selective" if case.software.startswith("torchtitan") else "none", "full"]
         sizes = [micro] if micro else [1]
         if micro is None:
             self.inferred.append("micro_batch")
@@ -370,8 +375,9 @@ def _software(row: Mapping[str, str]) -> str:
         if row["zero_or_fsdp"].startswith("fsdp"):
             return "torchtitan-compile"
         return {"V100": "megatron-2020", "A100": "megatron-2022"}.get(row["hardware"][:4], "nemo-2025")
-    if name == "torchtitan" and "eager" not in f"{row['id']} {row['notes']}":
-        return "torchtitan-compile"
+    said = f"{row['id']} {row['notes']}"
+    if name == "torchtitan" and "eager" not in said:
+        return "torchtitan-async-tp" if "asyncTP" in said else "torchtitan-compile"
     if name in ("pax-2024", "pax-2024-04") and row["precision"].endswith("-TE"):
         return f"{name}-te"
     return name
