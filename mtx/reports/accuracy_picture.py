@@ -20,6 +20,7 @@ from mtx.reports.canvas import (
     draw_text,
     draw_x_axis,
     draw_y_axis,
+    format_tick,
 )
 from mtx.reports.svg import NUM_COLORS
 
@@ -54,7 +55,7 @@ def draw_accuracy(
     comparisons: Sequence[Comparison],
     *,
     unit: str,
-    format_value: Callable[[float], str] = "{:.3g}".format,
+    format_value: Callable[[float], str] = format_tick,
     title: str = "Plan against measurement",
 ) -> str:
     """The points over the diagonal.

@@ -85,6 +85,11 @@ def find_log_ticks(low: float, high: float, count: int) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / count)]
 
 
+def format_tick(value: float) -> str:
+    """At least three digits, without an exponent as long as people read that: 0.05, 13.4, 1,200."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def space_out(places: Sequence[float], least: float) -> list[int]:
     """Indices of places, growing, of which each is `least` or more behind the one before."""
     kept: list[int] = []

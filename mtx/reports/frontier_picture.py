@@ -21,6 +21,7 @@ from mtx.reports.canvas import (
     draw_text,
     draw_x_axis,
     draw_y_axis,
+    format_tick,
 )
 from mtx.reports.units import format_gib, format_seconds
 
@@ -83,8 +84,8 @@ def draw_frontier(
     sizes = [min(c.memory_bytes / GIB, _REACH * limit) for c in candidates]
     x_scale = Scale.around([*sizes, limit], _LEFT, WIDTH - _RIGHT)
     y_scale = Scale.around([c.seconds for c in candidates], bottom, top, is_log=True)
-    parts += draw_x_axis(x_scale, top, bottom, "{:g}".format, "GiB per GPU")
-    parts += draw_y_axis(y_scale, _LEFT, WIDTH - _RIGHT, "{:.3g}".format, "seconds a step")
+    parts += draw_x_axis(x_scale, top, bottom, format_tick, "GiB per GPU")
+    parts += draw_y_axis(y_scale, _LEFT, WIDTH - _RIGHT, format_tick, "seconds a step")
     x = x_scale(limit)
     parts.append(f'<line class="limit" x1="{x}" x2="{x}" y1="{top - 4}" y2="{bottom}"/>')
     parts.append(draw_text(x, top - 9, f"the card has {format_gib(capacity)}", "caption end"))

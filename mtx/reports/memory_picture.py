@@ -21,6 +21,7 @@ from mtx.reports.canvas import (
     draw_swatches,
     draw_text,
     draw_x_axis,
+    format_tick,
 )
 from mtx.reports.units import format_gib
 
@@ -73,7 +74,7 @@ def draw_memory(bars: Sequence[MemoryBar], capacity: float | None, *, title: str
     parts, top = draw_swatches([_swatch(name, bars) for name in names], left, 8)
     top += 24 if capacity else 6
     bottom = top + _ROW * len(bars)
-    parts += draw_x_axis(scale, top, bottom, "{:g}".format, "GiB per GPU")
+    parts += draw_x_axis(scale, top, bottom, format_tick, "GiB per GPU")
     for index, (bar, total) in enumerate(zip(bars, totals)):
         parts += _draw_bar(bar, total, scale, top + _ROW * index + (_ROW - _BAR) / 2, capacity)
     if capacity:

@@ -90,6 +90,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .numbers.worded td:nth-child(2), .numbers.worded th:nth-child(2), .numbers.ranked td:last-child,
 .numbers.ranked th:last-child { text-align: left; }
 .compact { width: auto; min-width: min(560px, 100%); }
+.scroll:has(> .compact) { width: fit-content; max-width: 100%; }
 .estimates td:nth-child(2), .estimates th:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .estimates td:last-child { color: var(--soft); font-size: 13px; width: 60%; }

@@ -105,8 +105,12 @@ def _draw_facts(plan: Plan) -> str:
             f"{format_count(plan.tokens_per_second / plan.num_gpus)} a GPU",
         ),
         ("MFU", show(plan.mfu_model_full, _PERCENT), "full attention"),
-        ("days", show(plan.days, "{:,.1f}".format), show(plan.tokens, lambda n: f"{format_count(n)} tokens")),
-        ("GPU-hours", show(plan.gpu_hours, format_count), show(plan.cost, lambda cost: f"cost {cost:,.0f}")),
+        (
+            "days",
+            show(plan.days, "{:,.1f}".format),
+            "" if plan.tokens is None else f"{format_count(plan.tokens)} tokens",
+        ),
+        ("GPU-hours", show(plan.gpu_hours, format_count), "" if plan.cost is None else f"cost {plan.cost:,.0f}"),
     ]
     return draw_facts(facts)
 
@@ -124,10 +128,12 @@ def _draw_memory(plan: Plan, compiled: Mapping[str, float] | None) -> str:
 def _draw_time(plan: Plan) -> str:
     parts, total = plan.step.parts, plan.step.seconds
     rows = [[_name(part), format_seconds(s), _PERCENT(s / total)] for part, s in parts.items() if s > 0]
+    stages = plan.case.sizes["pipe"]
+    when = "What each pipeline stage does when" if stages > 1 else "Microbatches, and what follows them"
     rows.append(["<b>step</b>", f"<b>{format_seconds(total)}</b>", ""])
     return (
         f"<h2>One step</h2>{draw_figure(draw_parts(parts), 'What the seconds go to')}"
-        f"{draw_figure(draw_plan_timeline(plan), 'What each pipeline stage does when')}"
+        f"{draw_figure(draw_plan_timeline(plan), when)}"
         + draw_table(["part", "not hidden by anything else", "share"], rows, "numbers compact")
     )
 

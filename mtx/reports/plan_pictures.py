@@ -23,7 +23,7 @@ from mtx.planning.scaling import ScalingPoint, scale
 from mtx.planning.search import Candidate, SearchResult, search_layouts
 from mtx.reports import frontier_picture
 from mtx.reports.accuracy_picture import Comparison, draw_accuracy
-from mtx.reports.canvas import stand_alone
+from mtx.reports.canvas import format_tick, stand_alone
 from mtx.reports.frontier_picture import draw_frontier
 from mtx.reports.memory_picture import GIB, MemoryBar, draw_memory
 from mtx.reports.scaling_picture import Curve, draw_scaling
@@ -94,7 +94,7 @@ def draw_scaling_curves(scaling: Scaling) -> list[tuple[str, str]]:
     if strong := scaling.get("strong"):
         batch = f"{strong[0].global_batch_size:,} sequences"
         times = Curve(label=f"step of {batch}", points=[(p.num_gpus, p.step_seconds) for p in strong], ideal="inverse")
-        picture = draw_scaling("Strong scaling", [times], unit="seconds a step", format_y="{:.3g}".format)
+        picture = draw_scaling("Strong scaling", [times], unit="seconds a step", format_y=format_tick)
         pictures.append((f"Strong scaling: the same batch of {batch} on more GPUs", picture))
     rates = [
         Curve(

@@ -22,6 +22,7 @@ from mtx.reports.canvas import (
     draw_swatches,
     draw_text,
     draw_x_axis,
+    format_tick,
 )
 from mtx.reports.units import format_seconds
 from mtx.training.schedule import CLOSED_FORMS, Lockstep
@@ -62,7 +63,7 @@ def draw_parts(parts: Mapping[str, float], *, title: str = "One step by what it 
     ]
     drawn, top = draw_swatches(swatches, _MARGIN, 8, WIDTH - _MARGIN)
     top += 6
-    drawn += draw_x_axis(scale, top, top + _BAR + 6, _format_tick, "seconds; hatched: communication that nothing hides")
+    drawn += draw_x_axis(scale, top, top + _BAR + 6, format_tick, "seconds; hatched: communication that nothing hides")
     now = 0.0
     for name, seconds in present.items():
         start, end = scale(now), scale(now + seconds)
@@ -120,7 +121,7 @@ def draw_lanes(
     parts, top = draw_swatches(swatches, left, 8)
     top += 6
     bottom = top + row * num_stages
-    parts += draw_x_axis(scale, top, bottom + 2, _format_tick, "seconds")
+    parts += draw_x_axis(scale, top, bottom + 2, format_tick, "seconds")
     named = max(1, -(-14 // row))  # rows to a label
     for stage in range(num_stages):
         y = top + row * stage
@@ -188,7 +189,3 @@ def _draw_units(
 
 def _describe(name: str, seconds: float, total: float) -> str:
     return f"{name.replace('_', ' ')} {format_seconds(seconds)} ({seconds / total:.1%})"
-
-
-def _format_tick(seconds: float) -> str:
-    return f"{seconds:g}"

@@ -144,7 +144,8 @@ def test_scaling_draws_points_and_perfect_scaling():
     measured = Curve(label="batch", points=[(8, 6.0)], is_measured=True)
     root = parse(draw_scaling("s", [curve, measured], unit="s", format_y="{:g}".format, names=("s0", "s0")))
     told = [circle.findtext(f"{SVG}title") for circle in root.iter(f"{SVG}circle")]
-    assert told == ["batch: 5 s on 8 GPUs", "batch: 3 s on 16 GPUs", "batch: 2 s on 32 GPUs", "batch, measured: 6 s on 8 GPUs"]
+    assert told[:3] == ["batch: 5 s on 8 GPUs", "batch: 3 s on 16 GPUs", "batch: 2 s on 32 GPUs"]
+    assert told[3:] == ["batch, measured: 6 s on 8 GPUs"]
     line, ideal = (
         [tuple(map(float, place.split())) for place in path.attrib["d"][1:].split("L")]
         for path in sorted(root.iter(f"{SVG}path"), key=lambda path: path.attrib["class"], reverse=True)
