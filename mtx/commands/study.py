@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         tasks = study.make_tasks(plan, place, constants=constants, retry=args.retry, only_plan=args.dry_run)
 
         def document() -> dict[str, Any]:
-            return study.make_document(plan, tasks, name=Path(args.config).stem, config=str(args.config))
+            return study.make_document(plan, tasks, place, name=Path(args.config).stem, config=str(args.config))
 
         if args.dry_run:
             _show(document(), args)

@@ -149,14 +149,19 @@ def _find_cluster(task: Task, place: Place, *, simulates: bool, only_plan: bool)
     if task.record is not None:
         task.machine = Machine(**task.record["machine"])
         return Cluster.of(task.machine.gpu, task.record["devices"])
-    if only_plan and run.cluster.gpu is not None and not simulates:
+    wishes = run.cluster.gpu is not None and not simulates
+    if only_plan and wishes:
         return _wanted_cluster(run, (run.cluster.gpus or named) if is_open else named)
     count = (place.simulated or named) if is_open else named
     task.machine = place.machine(count if simulates else None)
+    there = task.machine.num_devices
     if is_open and not simulates:
-        count = task.machine.num_devices
-    if count > task.machine.num_devices:
-        task.reason, task.waits = f"needs {count} devices, and here are {task.machine.num_devices}", True
+        count = there
+    if count > there:
+        task.reason, task.waits = f"needs {count} devices, and here are {there}", True
+        if wishes:
+            task.machine = None
+            return _wanted_cluster(run, count)
     return Cluster.of(task.machine.gpu, count)
 
 
@@ -172,9 +177,9 @@ def _plan(task: Task, cluster: Cluster, constants: Constants | None) -> None:
     task.run = replace(run, mesh=mesh, train=replace(run.train, batch_ramp=None))
     task.plan = make_plan(Case.of(task.run, cluster, check=False), constants, calibrated=constants is not None)
     has = usable_bytes(cluster.gpu)
-    if task.record is None and task.plan.memory.total > MARGIN * has:
+    if task.record is None and not task.waits and task.plan.memory.total > MARGIN * has:
         needs = f"{task.plan.memory.total / 2**30:.1f} GiB of a device that has {has / 2**30:.1f} GiB"
-        task.reason, task.waits = f"by its plan it takes {needs}", False
+        task.reason = f"by its plan it takes {needs}"
 
 
 def _wanted_cluster(run: schema.Run, num_gpus: int) -> Cluster:
@@ -238,10 +243,10 @@ def _run(task: Task, place: Place, limits: Limits) -> Outcome:
     return measure(run, place.folder / POINTS / task.folder, limits, environment=environment)
 
 
-def make_document(plan: StudyPlan, tasks: Sequence[Task], *, name: str, config: str) -> dict[str, Any]:
+def make_document(plan: StudyPlan, tasks: Sequence[Task], place: Place, *, name: str, config: str) -> dict[str, Any]:
     """The document of `study_document`, without its calibration."""
     rows = [_row(task, plan) for task in tasks]
-    machines = [task.machine for task in tasks if task.machine is not None]
+    machines = [*place.machines.values(), *(task.machine for task in tasks if task.machine is not None)]
     machine = max(machines, key=lambda machine: machine.num_devices) if machines else None
     ended = [task.record["time"] for task in tasks if task.record is not None]
     study = plan.study

@@ -19,12 +19,16 @@ from mtx.planning.calibration import Calibration
 from mtx.planning.case import Case
 from mtx.planning.constants import Constants, load_constants
 from mtx.planning.fitting import fit
+from mtx.planning.hardware import GPUS
 from mtx.planning.step_time import estimate_time
 
 POINTS_PER_CONSTANT = 3
-FREE = ("quality.mtx@{generation}", "step_launch_s", "layer_launch_s", "nvlink_efficiency", "network_efficiency")
-"""By how much of a step they explain: how fast all computation is; then what each step and each layer adds; then the
-links, of which those that no point uses stay as they are."""
+FREE = (
+    "quality.mtx@{generation}", "matmul_fill", "step_launch_s", "layer_launch_s", "nvlink_efficiency",
+    "network_efficiency",
+)  # fmt: skip
+"""By how much of a step they explain: how fast all computation is; how large products must be to be fast, which is
+known of the table's GPUs; what each step and each layer adds; the links that points use."""
 
 
 def calibrate(tasks: Sequence[Task], path: Path, start: Constants | None = None) -> tuple[Calibration, dict[str, Any]]:
@@ -80,6 +84,7 @@ def _choose(points: Sequence[tuple[Case, float]]) -> tuple[str, ...]:
     """The first constants of FREE that these points use, as many as they determine."""
     clusters = [case.cluster for case, _ in points]
     used = {
+        "matmul_fill": any(cluster.gpu.name not in GPUS for cluster in clusters),
         "nvlink_efficiency": any(cluster.num_gpus > 1 for cluster in clusters),
         "network_efficiency": any(cluster.num_gpus > cluster.domain for cluster in clusters),
     }
