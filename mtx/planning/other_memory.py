@@ -78,7 +78,6 @@ ALLOCATORS: Mapping[str, Allocator] = {
 """By family. DeepSpeed's and FSDP's are fitted on what `benchmarks/data/published_runs.csv` measured; nothing measured
 is published there for Megatron, for which these are estimates."""
 
-
 _SHARDED = ("torchtitan", "torchtitan-compile", "mosaic")  # over context, too
 
 
@@ -125,7 +124,7 @@ def measure_layer(case: Case) -> Layer:
     masks = 0 if model.gated or family(case) == "fsdp" else 2 * width
     fused = SOFTWARE[case.software].attention != "unfused"
     return Layer(
-        inputs=tokens * 2 * width / (residual_split if run.train.recompute != "full" else 1),
+        inputs=tokens * 2 * width / residual_split,
         residual=tokens * (8 * width + masks) / residual_split,
         products=tokens * (4 * heads + 4 * kv_heads + 2 * hidden + 2 * model.ff_width) / split,
         scores=0 if fused else 5 * tokens * run.train.seq_len * model.num_heads / split,
