@@ -28,6 +28,8 @@ class Constants:
 
     matmul_efficiency: float = 0.9
     """Of the fastest measured product: what a large product inside a training step reaches."""
+    float8_efficiency: float = 0.7
+    """The same of products of 8-bit numbers, with all that scaling and casting them takes."""
     matmul_fill: float = 256.0
     """Summed length at which a product spends half its time on filling and draining its pipes."""
     attention_efficiency: float = 0.65

@@ -23,6 +23,7 @@ TURN = 0.06
 """Relative error from which on an error counts linearly."""
 LIMITS = {
     "matmul_efficiency": (0.5, 1.0, 0.05),
+    "float8_efficiency": (0.3, 1.0, 0.15),
     "matmul_fill": (0.0, 2000.0, 150.0),
     "attention_efficiency": (0.1, 1.0, 0.1),
     "first_flash": (0.2, 1.0, 0.1),
@@ -47,6 +48,7 @@ def fit(
     start: Constants,
     free: Sequence[str],
     weights: Sequence[float] | None = None,
+    begin: Constants | None = None,
 ) -> Constants:
     """The constants with which the model comes closest to measured seconds, and which are not far from `start`.
 
@@ -57,6 +59,7 @@ def fit(
         start: What is known beforehand, with a width of LIMITS around it; also all that stays.
         free: Names of constants to fit; 'quality.NAME@GENERATION': the quality of a software.
         weights: How much each point counts; None: 1.
+        begin: Where the search begins; None: at `start`.
     """
     weight = np.ones(len(points)) if weights is None else np.array(weights)
     expected = np.array([_get(start, name) for name in free])
@@ -75,7 +78,7 @@ def fit(
 
     everything = range(len(points))
     affected = [_affected(name, points) for name in free]
-    x = expected.copy()
+    x = expected.copy() if begin is None else np.array([_get(begin, name) for name in free])
     errors = errors_of(_set(start, free, x), everything)
     best, damping = cost(x, errors), 1e-2
     for _ in range(30):

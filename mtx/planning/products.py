@@ -14,8 +14,8 @@ from mtx.planning.hardware import Gpu
 from mtx.planning.hlo_products import Product
 
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 128, 0.85), (64, 64, 0.7))
-"""Rows and columns that a multiprocessor computes at a time, and how fast, small ones reading more for each product. Libraries
-choose the best."""
+"""Rows and columns that a multiprocessor computes at a time, and how fast: small tiles read more for each product.
+Libraries choose the best."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
@@ -41,7 +41,8 @@ def product_seconds(product: Product, gpu: Gpu, dtype: str, constants: Constants
         dtype: Of its factors.
     """
     rows, columns, contracted = product.rows, product.columns, product.contracted
-    rate = fastest_flops(gpu, dtype) * constants.matmul_efficiency
+    efficiency = constants.float8_efficiency if dtype == "float8" else constants.matmul_efficiency
+    rate = fastest_flops(gpu, dtype) * efficiency
     share = 0.0
     for tile_rows, tile_columns, speed in TILES:
         tiles = product.batch * -(-rows // tile_rows) * -(-columns // tile_columns)

@@ -63,7 +63,11 @@ _STACKS = (
     Software(name="megatron-2021", doc="Megatron-LM, April 2021 (SC21)", attention="unfused", overlaps=False),
     Software(name="megatron-2022", doc="Megatron-LM with sequence parallelism, 2022", attention="unfused"),
     Software(
-        name="megatron-deepspeed", doc="Megatron-DeepSpeed of BigScience, 2022", attention="unfused", splits_hops=False
+        name="megatron-deepspeed",
+        doc="Megatron-DeepSpeed of BigScience, 2022",
+        attention="unfused",
+        overlaps=False,
+        splits_hops=False,
     ),
     Software(name="megatron-core", doc="Megatron Core 0.8, 2024", tensor_overlaps=True),
     Software(name="deepspeed-zero3", doc="DeepSpeed ZeRO-3, 2021", attention="unfused", shares_adapters=False),
