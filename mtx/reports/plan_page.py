@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from mtx.planning.plan import Plan, usable_bytes
-from mtx.planning.search import SearchResult
+from mtx.planning.search import MARGIN, SearchResult
 from mtx.planning.software import SOFTWARE
 from mtx.reports.canvas import HATCH_SHEET
 from mtx.reports.elements import draw_facts, draw_figure, draw_table, fold, plural, show
@@ -241,8 +241,9 @@ def _list_settings(settings: Mapping[str, object]) -> str:
 
 def _describe_search(search: SearchResult) -> str:
     return (
-        f"{plural(len(search.ranked), 'layout')} fit, {len(search.rejected):,} do not; "
-        f"searched in {format_seconds(search.seconds)}."
+        f"{plural(len(search.ranked), 'layout')} ranked, {len(search.rejected):,} rejected, in "
+        f"{format_seconds(search.seconds)}. A layout fits that leaves {MARGIN:.0%} of the memory free: estimates are "
+        "not exact."
     )
 
 

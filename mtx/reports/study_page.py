@@ -21,11 +21,10 @@ from mtx.reports.page import render_page, write_page
 from mtx.reports.scaling_picture import Curve, Ideal, draw_scaling
 from mtx.reports.svg import NUM_COLORS
 from mtx.reports.timeline_picture import draw_parts
-from mtx.reports.units import format_count, format_gib, format_seconds
+from mtx.reports.units import format_count, format_duration, format_flops, format_gib, format_seconds
 
 Document = Mapping[str, Any]
 _ERROR = "{:+.1%}".format
-_RATE = "{:,.3g}".format
 
 
 def write_study_page(path: Path, document: Document) -> None:
@@ -118,10 +117,10 @@ _FIELD: _Columns = (
     ("PP", lambda p: _size(p["mesh"]["pipe"])),
     ("devices", lambda p: f"{p['devices']:,}"),
     ("batch", lambda p: f"{p['batch']:,}"),
-    ("TFLOP/s a device", _of("achieved", "model_tflops_per_device", _RATE)),
+    ("a device", _of("achieved", "model_tflops_per_device", lambda tflops: format_flops(tflops * 1e12))),
     ("of peak", _of("achieved", "mfu_model_full", "{:.1%}".format)),
     ("HFU", _of("achieved", "hfu", "{:.1%}".format)),
-    ("aggregate PFLOP/s", _of("achieved", "aggregate_pflops", _RATE)),
+    ("aggregate", _of("achieved", "aggregate_pflops", lambda pflops: format_flops(pflops * 1e15))),
 )
 """The table that papers on scaling print."""
 
@@ -159,7 +158,7 @@ def _draw_days(measured: Sequence[Document]) -> str:
     rows = []
     for point in points:
         days = {entry["tokens"]: entry["days"] for entry in point["achieved"]["train_days"]}
-        cells = [show(days.get(count), lambda value: f"{value:,.3g} days") for count in tokens]
+        cells = [show(days.get(count), lambda value: format_duration(value * 86400)) for count in tokens]
         rows.append([escape(point["name"]), f"{point['devices']:,}", *cells])
     head = ["point", "devices", *(f"{format_count(count)} tokens" for count in tokens)]
     return f"<h2>Time to train, at the measured rate</h2>{draw_table(head, rows, 'numbers')}"

@@ -27,6 +27,14 @@ def format_gib(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def format_flops(flops: float) -> str:
+    """FLOP/s with the prefix that fits: 138 TFLOP/s, 22.2 GFLOP/s."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if abs(flops) >= 0.9995 * factor:
+            return f"{_three_digits(flops / factor)} {prefix}FLOP/s"
+    return f"{_three_digits(flops / 1e6)} MFLOP/s"
+
+
 def format_duration(seconds: float) -> str:
     """Two units at most: 0.42s, 12.3s, 4m 05s, 2h 13m, 5d 07h."""
     if seconds < 59.95:

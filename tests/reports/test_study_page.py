@@ -66,9 +66,9 @@ def test_the_table_of_the_field_and_the_plan_against_it():
     assert field["point"] == "tiny, data 2"
     assert field["params"] == "2.57M"
     assert (field["heads"], field["hidden"], field["layers"], field["TP"], field["PP"]) == ("6", "192", "4", "1", "1")
-    assert (field["devices"], field["batch"], field["TFLOP/s a device"]) == ("2", "8", "1.5")
-    assert (field["of peak"], field["HFU"], field["aggregate PFLOP/s"]) == ("37.5%", "40.0%", "0.003")
-    assert ["tiny, data 2", "2", "847 days"] in rows
+    assert (field["devices"], field["batch"], field["a device"]) == ("2", "8", "1.5 TFLOP/s")
+    assert (field["of peak"], field["HFU"], field["aggregate"]) == ("37.5%", "40.0%", "3 TFLOP/s")
+    assert ["tiny, data 2", "2", "847d 00h"] in rows
     against = next(row for row in rows if "250 ms" in row)
     assert against[1:] == ["250 ms", "240 ms", "290 ms", "275 ms", "+10.0%", "1 GiB", "compiler", "2 GiB", "+100.0%"]
 
