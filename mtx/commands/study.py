@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -36,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="plan with what an earlier study has written")
     text = "simulate CPU devices: as many as a mesh names, N where it leaves them open (-1)"
     parser.add_argument("--cpu-devices", type=options.positive_int, dest="simulated", metavar="N", help=text)
+    text = "start the processes of a point by `python -m launch WORDS`, such as 'local --processes 2'"
+    parser.add_argument("--launch", metavar="WORDS", help=text)
+    text = "with --launch: devices of its processes together; points that need another number of them wait"
+    parser.add_argument("--devices", type=options.positive_int, metavar="N", help=text)
     options.add_common_arguments(parser, devices=False)
 
 
@@ -48,16 +53,12 @@ def run(args: argparse.Namespace) -> int:
         from mtx.planning.calibration import refuse_to_overwrite
 
         refuse_to_overwrite(args.calibrate)
-    if int(os.environ.get("MTX_NUM_PROCESSES", "1")) > 1:
-        raise UserError(
-            "a study starts the processes of its points itself, and its launcher has started several studies: run "
-            "`mtx study` in one process, on one host"
-        )
+    launcher = _check_launch(args, simulated=plan.study.simulated)
     from mtx.evaluation import study
 
     signal.signal(signal.SIGTERM, _interrupt)
     folder = args.out or Path("studies") / Path(args.config).stem
-    place = study.Place(folder, _environment, args.simulated)
+    place = study.Place(folder, _environment, args.simulated, launcher=launcher, launched=args.devices)
     constants = _read_constants(args.calibration)
     with ExitStack() as stack:
         if not args.dry_run:
@@ -95,6 +96,32 @@ def _enter(folder: Path, stack: ExitStack) -> None:
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}") from None
     stack.enter_context(hold_lock(folder, report=say, option="--out"))
+
+
+def _check_launch(args: argparse.Namespace, *, simulated: bool) -> tuple[str, ...]:
+    """The words of --launch.
+
+    Raises:
+        UserError: They contradict something else.
+    """
+    if int(os.environ.get("MTX_NUM_PROCESSES", "1")) > 1:
+        raise UserError(
+            "a launcher has started this study several times: start `mtx study` once, with --launch 'TARGET OPTIONS' "
+            "for the processes of its points"
+        )
+    if (args.launch is None) != (args.devices is None):
+        raise UserError("--launch and --devices go together: how processes are started, and what they have together")
+    if args.launch is None:
+        return ()
+    if simulated or args.simulated is not None:
+        raise UserError("--launch is for the devices that there are: simulated ones are all in one process")
+    try:
+        words = tuple(shlex.split(args.launch))
+    except ValueError as error:
+        raise UserError(f"--launch {args.launch!r}: {error}") from None
+    if "--" in words or not words or words[0].startswith("-"):
+        raise UserError(f"--launch {args.launch!r}: a target of `python -m launch` and its options, such as 'local'")
+    return words
 
 
 def _environment(simulated: int | None) -> Mapping[str, str]:

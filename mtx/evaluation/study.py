@@ -89,17 +89,22 @@ class Place:
         environment: Of its processes.
         simulated: Devices of a mesh with -1, if devices are simulated; None: not said.
         machines: What was found, by the number of simulated devices.
+        launcher: Target and options of `python -m launch` that start the processes of a point; empty: one here.
+        launched: Devices of those processes together; None: those of one process here.
     """
 
     folder: Path
     environment: Environment
     simulated: int | None = None
     machines: dict[int | None, Machine] = field(default_factory=dict)
+    launcher: tuple[str, ...] = ()
+    launched: int | None = None
 
     def machine(self, count: int | None) -> Machine:
         """Measured once. Args: count: Of simulated devices; None: those that there are."""
         if count not in self.machines:
-            self.machines[count] = probe(self.environment(count), simulated=count is not None)
+            found = probe(self.environment(count), simulated=count is not None)
+            self.machines[count] = found if self.launched is None else replace(found, num_devices=self.launched)
         return self.machines[count]
 
 
@@ -157,7 +162,7 @@ def _find_cluster(task: Task, place: Place, *, simulates: bool, only_plan: bool)
     there = task.machine.num_devices
     if is_open and not simulates:
         count = there
-    if count > there:
+    if count > there or (place.launcher and count < there):  # a launch has all of its devices
         task.reason, task.waits = f"needs {count} devices, and here are {there}", True
         if wishes:
             task.machine = None
@@ -240,7 +245,8 @@ def _run(task: Task, place: Place, limits: Limits) -> Outcome:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(task.machine.num_devices))))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen.split(",")[:count])
     run = make_partial(task.run, limits)
-    return measure(run, place.folder / POINTS / task.folder, limits, environment=environment)
+    folder = place.folder / POINTS / task.folder
+    return measure(run, folder, limits, environment=environment, launcher=place.launcher)
 
 
 def make_document(plan: StudyPlan, tasks: Sequence[Task], place: Place, *, name: str, config: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -108,23 +108,29 @@ def make_partial(run: schema.Run, limits: Limits) -> schema.Run:
     )
 
 
-def measure(run: schema.Run, folder: Path, limits: Limits, *, environment: Mapping[str, str]) -> Outcome:
+def measure(
+    run: schema.Run, folder: Path, limits: Limits, *, environment: Mapping[str, str], launcher: Sequence[str] = ()
+) -> Outcome:
     """Trains a run until it is measured.
 
     Args:
         run: Of `make_partial`.
         folder: For its files; an earlier attempt's are thrown away.
         environment: Of the process, its devices included.
+        launcher: Target and options of `python -m launch`, which starts the processes of the run; empty: one process
+            is started here. Killing the launcher must end them.
     """
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(render.dump(run, {}), encoding="utf-8")
-    words = ["train", str(folder / CONFIG), "--run-dir", str(folder / RUN), "--quiet"]
+    words = [sys.executable, "-m", "mtx", "train", str(folder / CONFIG), "--run-dir", str(folder / RUN), "--quiet"]
+    if launcher:
+        words = [sys.executable, "-m", "launch", *launcher, "--max-restarts", "0", "--", *words]
     begin = time.monotonic()
     with (folder / LOG).open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mtx.evaluation.bound", str(os.getpid()), sys.executable, "-m", "mtx", *words],
+            [sys.executable, "-m", "mtx.evaluation.bound", str(os.getpid()), *words],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -193,7 +199,9 @@ _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|bad_alloc|Memo
 
 def _explain(log: Path, code: int) -> tuple[Failure, str]:
     """Why a process ended before it was measured."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # A launcher puts the number of the process before what it says.
+    lines = [re.sub(r"^\[\d+\] ", "", line).strip() for line in log.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if line]
     telling = [line for line in lines if _OUT_OF_MEMORY.search(line)]
     if telling or code == -signal.SIGKILL:
         killed = "killed (signal 9), as the kernel does when the host's memory is used up"

@@ -114,3 +114,16 @@ def test_dry_run_for_gpus_that_are_not_here(workplace, study):
     text = play(workplace, study, "--dry-run", *(word for s in settings for word in ("--set", s))).stdout
     assert "planned step" in text
     assert "misfit: misfit: " in text
+
+
+@pytest.mark.slow
+def test_points_of_several_processes(workplace, study):
+    study.write_text(study.read_text().replace("simulated = True", "simulated = False"))
+    launch = ("--launch", "local --processes 2", "--devices", "2")
+    sets = ("--set", "Study.points = [('as it is', 'data'), ('as it is', 'broken')]")
+    document = json.loads(play(workplace, study, "--json", *launch, *sets).stdout)
+    good, broken = document["points"]
+    assert (good["status"], good["devices"], good["simulated"], good["measured"]["steps"]) == ("measured", 2, False, 3)
+    assert (broken["failure"], "no/such/store" in broken["reason"]) == ("crash", True)
+    alone = play(workplace, study, "--launch", "local", check=False)
+    assert (alone.returncode, "--devices" in alone.stderr) == (2, True)
