@@ -382,7 +382,8 @@ def list_virtual_stages(run: schema.Run, num_stages: int) -> list[int]:
     """Numbers of chunks with which a stage has no more slots for layers, empty ones counted, than with one chunk."""
     layers = run.model.num_layers
     slots = -(-layers // num_stages)
-    return [v for v in range(1, slots + 1) if v * -(-layers // (num_stages * v)) == slots] if num_stages > 1 else [1]
+    chunks = range(1, layers // num_stages + 1) if num_stages > 1 else [1]
+    return [v for v in chunks if v * -(-layers // (num_stages * v)) == slots]
 
 
 def _divide(number: int) -> list[int]:
