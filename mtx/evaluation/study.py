@@ -152,7 +152,12 @@ def _find_cluster(task: Task, place: Place, *, simulates: bool, only_plan: bool)
     sizes = [getattr(run.mesh, axis) for axis in MESH_AXES]
     named, is_open = math.prod(max(1, size) for size in sizes), -1 in sizes
     if task.record is not None:
-        task.machine = Machine(**task.record["machine"])
+        try:
+            task.machine = Machine(**task.record["machine"])
+        except TypeError as error:
+            raise UserError(
+                f"{place.folder / RECORDS}: written by another version ({error}); give another --out"
+            ) from None
         return Cluster.of(task.machine.gpu, task.record["devices"])
     wishes = run.cluster.gpu is not None and not simulates
     if only_plan and wishes:
