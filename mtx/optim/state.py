@@ -53,7 +53,7 @@ def abstract_state(
 
 def list_moments(
     transformation: optax.GradientTransformation, params: Any, dtype: str
-) -> tuple[dict[tuple[str, ...], tuple[tuple[tuple[int, ...], int], ...]], int]:
+) -> tuple[dict[tuple[str, ...], tuple[tuple[tuple[int, ...], int], ...]], tuple[tuple[tuple[int, ...], int], ...]]:
     """What an optimizer keeps for each parameter, without arrays or shardings.
 
     Args:
@@ -62,7 +62,7 @@ def list_moments(
         dtype: Of the parameters in the training state.
 
     Returns:
-        Path of a parameter -> shape and bytes per number of each array kept for it; bytes of all else, such as
+        Path of a parameter -> shape and bytes per number of each array kept for it; the same of all else, such as
         counters.
     """
     import jax
@@ -75,7 +75,7 @@ def list_moments(
     arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
     paths = jax.tree_util.tree_map_with_path(lambda path, _: _Path(tuple(key.key for key in path)), arrays)
     found: dict[tuple[str, ...], list[tuple[tuple[int, ...], int]]] = {p.names: [] for p in jax.tree.leaves(paths)}
-    other_bytes = 0
+    others: list[tuple[tuple[int, ...], int]] = []
 
     def note_moment(leaf: Any, path: _Path) -> Any:
         if not is_masked(leaf):
@@ -83,8 +83,7 @@ def list_moments(
         return leaf
 
     def note_other(leaf: Any) -> Any:
-        nonlocal other_bytes
-        other_bytes += leaf.size * leaf.dtype.itemsize
+        others.append((leaf.shape, leaf.dtype.itemsize))
         return leaf
 
     optax.tree.map_params(
@@ -95,7 +94,7 @@ def list_moments(
         transform_non_params=note_other,
         is_leaf=is_masked,
     )
-    return {names: tuple(moments) for names, moments in found.items()}, other_bytes
+    return {names: tuple(moments) for names, moments in found.items()}, tuple(others)
 
 
 class _Path:

@@ -75,12 +75,12 @@ class Declared:
     Attributes:
         definition: The model without its arrays.
         parameters: All of them.
-        other_bytes: Of the optimizer's state that belongs to no parameter, such as counters.
+        others: The same of the optimizer's state that belongs to no parameter, such as counters.
     """
 
     definition: ModelDefinition
     parameters: tuple[Parameter, ...]
-    other_bytes: int
+    others: tuple[tuple[tuple[int, ...], int], ...]
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,13 +98,13 @@ def declare(run: schema.Run) -> Declared:
         definition = _define(run.model)
         optimizer: Any = run.train.optimizer
         whole = definition.whole
-        moments, other_bytes = list_moments(
+        moments, others = list_moments(
             optimizer.transformation(whole.params, whole.axes), whole.params, run.precision.params
         )
         parameters = tuple(
             Parameter(path, leaf.shape, axes, moments[path]) for path, leaf, axes in _walk(whole.params, whole.axes)
         )
-        _DECLARED[key] = Declared(definition, parameters, other_bytes)
+        _DECLARED[key] = Declared(definition, parameters, others)
     return _DECLARED[key]
 
 

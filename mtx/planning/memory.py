@@ -26,6 +26,25 @@ PARTS = (
 """In the order in which pictures stack them."""
 
 
+EXPLAIN: Mapping[str, str] = {
+    "parameters": "The weights that the optimizer updates (Precision.params), split by Mesh.tensor, pipe, expert and "
+    "fsdp, with Rules.zero = 2 by all axes of data parallelism.",
+    "compute_weights": "Their copy in Precision.compute for a step, split by Mesh.tensor, pipe, expert and fsdp.",
+    "gradients": "Sums over microbatches in float32, split as the copy; with one microbatch and no pipeline in "
+    "Precision.compute. Layers in a loop (Train.scan_layers) have those of a microbatch besides.",
+    "optimizer": "Its moments, split by Rules.zero = 1 or 2; Train.offload_optimizer moves them to the host.",
+    "activations": "What the backward pass needs of a microbatch (Train.recompute, microbatch_size, seq_len), split by "
+    "Mesh.tensor and context; with a pipeline of one chunk, else of all layers; and what a layer works with.",
+    "logits": "Those of Train.loss_chunk_tokens, and the gradient of the head, split by Mesh.tensor, and with "
+    "Pipeline.head = 'sharded' by Mesh.pipe.",
+    "pipeline": "Inputs and kept values of 2 * Mesh.pipe * Pipeline.virtual_stages - 1 microbatches "
+    "(Train.recompute), what is passed on, and the weights of the chunk at work.",
+    "communication": "NCCL's buffers: an estimate, for each axis of the mesh with devices that exchange.",
+    "overhead": "CUDA's context and what the allocator cannot use: an estimate.",
+}
+"""What each part depends on."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Of the GPU that holds most.
@@ -93,8 +112,8 @@ class _Step:
         for parameter, shape, placement in case.placed:
             parts["parameters"] += case.local_size(shape, placement.storage) * WIDTHS[run.precision.params]
             for moment, width in parameter.moments:
-                if moment != parameter.shape:
-                    parts["optimizer"] += math.prod(moment) * width
+                if moment != parameter.shape:  # factored: on every device, with a row per layer of a filled up stack
+                    parts["optimizer"] += math.prod(moment) * shape[0] // parameter.shape[0] * width
                 elif not run.train.offload_optimizer:
                     parts["optimizer"] += case.local_size(shape, placement.optimizer) * width
             used = case.local_size(shape, placement.storage) * math.prod(case.sizes[a] for a in placement.step_axes)
@@ -104,7 +123,12 @@ class _Step:
             parts["gradients"] += used * (FLOAT32 if self.accumulates else width)
             if self.scans_layers and self.accumulates and parameter.axes[0] == "layers":
                 parts["gradients"] += used * width  # of a microbatch, stacked by the loop
-        parts["optimizer"] += case.declared.other_bytes + FLOAT32
+        # Counters, of which there may be one per layer; and that of the steps.
+        rows = {parameter.shape[0]: shape[0] for parameter, shape, _ in case.placed if parameter.axes[0] == "layers"}
+        for shape, width in case.declared.others:
+            staged = (rows.get(shape[0], shape[0]), *shape[1:]) if shape else ()
+            parts["optimizer"] += math.prod(staged) * width
+        parts["optimizer"] += FLOAT32
         self._fill_peak(parts)
         parts["communication"] = 2**30 if case.cluster.num_gpus > 1 else 0
         parts["overhead"] = 2 * 2**30

@@ -63,8 +63,9 @@ def test_moments_are_all_that_the_optimizer_keeps(optimizer):
     case = plan_case(LLAMA, {"data": 1}, train=train)
     declared = declare(case.run)
     moments = sum(math.prod(shape) * size for p in declared.parameters for shape, size in p.moments)
+    others = sum(math.prod(shape) * size for shape, size in declared.others)
     state = jax.tree.leaves(set_up(case).abstract_state["optimizer"])
-    assert moments + declared.other_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    assert moments + others == sum(leaf.size * leaf.dtype.itemsize for leaf in state)
 
 
 def test_stages_and_slots_are_those_of_the_pipeline():
