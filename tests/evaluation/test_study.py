@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from programs import ROOT
 from tiny import GPT
 
 from mtx.config.study import load_study
@@ -151,6 +152,17 @@ def test_points_wait_for_devices_that_are_not_there(tmp_path, place):
     assert {task.plan.case.cluster.gpu.name for task in planned} == {"H100"}
     with pytest.raises(UserError, match="H1OO"):
         study.make_tasks(load(tmp_path, "Study.simulated = False", "Cluster.gpu = 'H1OO'"), place, only_plan=True)
+
+
+def test_shipped_studies(place):
+    laptop = load_study(ROOT / "configs/studies/laptop.gin")
+    assert [task.point.name for task in study.make_tasks(laptop, place) if task.reason] == ["small, tensor 4"]
+    sc21 = load_study(ROOT / "configs/studies/sc21_weak_scaling.gin")
+    tasks = study.make_tasks(sc21, place, only_plan=True)
+    gpus = [32, 64, 128, 256, 512, 1024, 1536, 1920, 2520, 3072]
+    assert [(task.plan.num_gpus, task.plan.fits, task.reason) for task in tasks] == [(n, True, None) for n in gpus]
+    sizes = [task.plan.parameters / 1e9 for task in tasks]
+    assert [f"{size:.1f}B" for size in sizes[:-1]] == [task.point.size for task in tasks[:-1]]
 
 
 def test_what_has_a_line_is_not_run_again(tmp_path, place):
