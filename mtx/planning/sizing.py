@@ -31,6 +31,8 @@ from mtx.planning.timetable import make_timetable
 MOST_GPUS = 1 << 17
 RUNG = 1.05
 """Ratio of neighbouring numbers of GPUs."""
+LONGEST_STEP = 8
+"""In rungs: where more GPUs are slower at last, a longer one could pass over those that are fast enough."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class _Ladder:
                 high, index = index, index - step
             else:
                 low, index = index, index + step
-            step *= 2
+            step = min(2 * step, LONGEST_STEP)
         while high - low > 1:
             middle = (low + high) // 2
             if holds(self.point(middle)):
@@ -188,7 +190,7 @@ def size_for_deadline(
     if index == len(ladder.counts):
         fastest = min(ladder.points.values(), key=lambda p: math.inf if p.run_seconds is None else p.run_seconds)
         seconds = fastest.run_seconds
-        best = "none fits" if seconds is None else f"{fastest.num_gpus} take {seconds / DAY_S:.1f} days"
+        best = "none fits" if seconds is None else f"{fastest.num_gpus} take {seconds / DAY_S:.3g} days"
         raise UserError(
             f"no number of GPUs up to {ladder.counts[-1]}, the most that a batch of {run.train.global_batch_size} "
             f"sequences has layouts for, trains on {tokens} tokens in {days:g} days ({best}): give it more days, fewer "

@@ -138,7 +138,9 @@ def test_slower_machines_take_longer(flagship):
 
 
 def test_trust_says_whose_measurements(flagship):
-    assert "not been timed" in flagship.trust
+    assert "mtx itself has not been timed" in flagship.trust
+    assert 0 < flagship.expected_error["median"] < flagship.expected_error["percentile_90"] < 1
+    assert f"{flagship.expected_error['median']:.1%}" in flagship.trust
     assert "your own machine" in dataclasses.replace(flagship, calibrated=True).trust
     other = dataclasses.replace(flagship.case, software="megatron-core")
-    assert "mtx" not in dataclasses.replace(flagship, case=other).trust
+    assert "mtx itself" not in dataclasses.replace(flagship, case=other).trust

@@ -1,6 +1,7 @@
 """How many GPUs a deadline or a budget takes."""
 
 import dataclasses
+import itertools
 
 import pytest
 import tiny
@@ -36,7 +37,7 @@ def test_counts_are_whole_machines_one_in_each_rung(run):
     counts = list_counts(run, CLUSTER)
     assert counts[:4] == [1, 2, 4, 8]
     assert all(count % 8 == 0 for count in counts[4:])
-    assert all(after / before > RUNG**0.5 for before, after in zip(counts, counts[1:]))
+    assert all(after / before > RUNG**0.5 for before, after in itertools.pairwise(counts))
 
 
 def test_the_fewest_gpus_that_meet_a_deadline(run):
