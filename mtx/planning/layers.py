@@ -12,7 +12,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from mtx.nn.attention import QUERY_BLOCK
 from mtx.optim.decay import is_matrix
+from mtx.planning.activations import choose_attention
 from mtx.planning.case import Case, Parameter
 from mtx.planning.flops import attention_flops_per_token
 from mtx.planning.hlo_products import Product
@@ -28,11 +30,12 @@ class LayerWork:
         last: Those of them that give the layer's result.
         attention: Products of attention with all keys, masked ones too; its FLOPs are `attention_flops`.
         fused: Whether attention is one kernel that leaves out what causality masks and keeps scores on chip.
-        score_numbers: Scores in memory, where it is not fused.
+        score_bytes: Of scores in memory, where it is not fused.
         traffic: Numbers that elementwise operations read and write.
         parameters: Numbers of its weights that a device computes with.
         exchanged: Numbers of the activation that `tensor` gathers or scatters, whole.
-        keys: Numbers of keys and values that `context` passes on.
+        keys: Numbers of keys and values that a ring over `context` passes on.
+        queries: Numbers of queries, as many as of attention's output.
         dispatched: Numbers that go to experts and come back, each way.
     """
 
@@ -40,11 +43,12 @@ class LayerWork:
     last: tuple[Product, ...]
     attention: tuple[Product, ...]
     fused: bool
-    score_numbers: float
+    score_bytes: float
     traffic: float
     parameters: float
     exchanged: float
     keys: float
+    queries: float
     dispatched: float
 
     @property
@@ -62,6 +66,9 @@ def describe_layer(case: Case, stack: str) -> LayerWork:
     width, keys = model.head_width, run.train.seq_len
     batch, queries = case.microbatch_size * heads, keys // case.shards("seq")
     fused = uses_fused_attention(case)
+    ours = case.software == "mtx"
+    # Ours in plain XLA computes in blocks of queries, each with the keys up to its end, and keeps scores in float32.
+    seen = keys if fused or not ours else min(keys, (keys + QUERY_BLOCK) // 2)
     # Over the layer, without attention's: two norms and two sums with the residual, each read and written; positions;
     # the hidden layer of the MLP.
     between = case.microbatch_size * run.train.seq_len // case.shards("seq_sp")
@@ -75,14 +82,15 @@ def describe_layer(case: Case, stack: str) -> LayerWork:
     return LayerWork(
         products=tuple(_products(case, parameters, tokens)),
         last=tuple(_products(case, [p for p in parameters if p.axes[-2] == "mlp"], tokens)),
-        attention=(Product(batch, queries, width, keys, 1), Product(batch, queries, keys, width, 1)),
+        attention=(Product(batch, queries, width, seen, 1), Product(batch, queries, seen, width, 1)),
         fused=fused,
-        score_numbers=0.0 if fused else float(batch * queries * keys),
+        score_bytes=0.0 if fused else float(batch * queries * seen * (4 if ours else 2)),
         traffic=float(10 * between * model.d_model + rotated + (2 if not model.gated else 1.5) * hidden),
         parameters=sum(local_numbers(case, p) / p.shape[0] for p in parameters),
         exchanged=float(tokens * model.d_model),
         keys=float(2 * tokens * kv_heads * width),
-        dispatched=float(tokens * model.experts_per_token * model.d_model) if routed else 0.0,
+        queries=float(tokens * heads * width),
+        dispatched=float(tokens * _dispatched_rows(case) * model.d_model) if routed else 0.0,
     )
 
 
@@ -117,7 +125,12 @@ def describe_step(case: Case) -> StepWork:
     stacks = case.slots if lockstep else model.layer_stacks[: -(-model.num_layers // pipe)]
     shared = pipe > 1 and lockstep and case.run.pipeline.head == "sharded"
     # Where layers do not divide, the stage with the head has fewer of them.
-    heads = 1 if pipe == 1 or shared or model.num_layers % pipe == 0 else 0
+    is_last_full = (
+        model.num_layers % pipe == 0
+        if case.stages is None or not lockstep
+        else bool((case.stages.layers[-1, -1] >= 0).all())
+    )
+    heads = 1 if pipe == 1 or shared or is_last_full else 0
     numbers = state = 0.0
     for parameter in case.declared.parameters:
         local = local_numbers(case, parameter) / (pipe if parameter.axes[0] == "layers" else 1)
@@ -164,11 +177,12 @@ def describe_head(case: Case, *, shared: bool) -> LayerWork:
         last=(),
         attention=(),
         fused=True,
-        score_numbers=0.0,
+        score_bytes=0.0,
         traffic=float(4 * logits),  # float32: written, and read for the largest one, the sum and the loss
         parameters=float(vocabulary * model.d_model),
         exchanged=float(tokens * model.d_model),
         keys=0.0,
+        queries=0.0,
         dispatched=0.0,
     )
 
@@ -183,20 +197,8 @@ def local_numbers(case: Case, parameter: Parameter) -> float:
 
 def uses_fused_attention(case: Case) -> bool:
     """Whether attention is one kernel; of 'mtx' as `mtx.nn.attention.choose_kernel` decides it."""
-    habit, run, gpu = SOFTWARE[case.software].attention, case.run, case.cluster.gpu
-    if habit != "auto":
-        return habit != "unfused"
-    widest = 128 if gpu.name.startswith(("V100", "A100")) else 256
-    return (
-        run.train.attention != "xla"
-        and not gpu.name.startswith("V100")
-        and not (case.shards("seq") > 1 and run.train.context_exchange == "ring")
-        and run.model.head_width % 8 == 0
-        and run.model.head_width <= widest
-        and run.precision.compute != "float32"
-        and run.data.packing == "windows"
-        and run.model.position != "alibi"
-    )
+    habit = SOFTWARE[case.software].attention
+    return choose_attention(case) == "cudnn" if habit == "auto" else habit != "unfused"
 
 
 def _products(case: Case, parameters: Iterable[Parameter], tokens: int) -> Iterable[Product]:
@@ -221,6 +223,14 @@ def _rows(case: Case, parameter: Parameter, tokens: int) -> int:
         return tokens
     factor = case.run.model.expert_capacity_factor or 1.0
     return math.ceil(tokens * case.run.model.experts_per_token * factor)
+
+
+def _dispatched_rows(case: Case) -> float:
+    """Rows that a token fills in an all-to-all. Ours without a capacity has room for the worst case."""
+    model, shards = case.run.model, case.shards("experts")
+    if case.software == "mtx" and model.expert_capacity_factor is None:
+        return shards * min(model.experts_per_token, model.num_experts // shards)
+    return model.experts_per_token * (model.expert_capacity_factor or 1.0)
 
 
 def _local(case: Case, size: int, axis: str) -> int:

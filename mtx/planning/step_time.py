@@ -112,7 +112,7 @@ class _Clock:
         seconds = sum(product_seconds(p, self.gpu, "bfloat16", self.constants) for p in work.attention)
         if self.run.model.head_width % 8 and self.case.software != "mtx":  # XLA fills up what is not aligned
             seconds /= MISALIGNED
-        passes = work.score_numbers * 2 / self.bandwidth
+        passes = work.score_bytes / self.bandwidth
         return (seconds + 5 * passes) / self.quality, (2 * seconds + 6 * passes) / self.quality
 
     def traffic(self, work: LayerWork, *, backward: bool = False) -> float:
@@ -125,14 +125,19 @@ class _Clock:
         return seconds * (1 - self.constants.tensor_overlap if self.software.tensor_overlaps else 1)
 
     def context(self, work: LayerWork, passes: float) -> float:
-        """Exposed seconds of exchanges over `context`: they hide under attention."""
+        """Exposed seconds of exchanges over `context`. Keys that go round a ring hide under attention."""
         c = self.case.sizes["context"]
         if c == 1:
             return 0.0
+        if self.run.train.context_exchange == "all_to_all":
+            return passes * self.network.exchange_seconds((2 * work.queries + work.keys) * self.width, ("context",))
         seconds = passes * (c - 1) * self.network.permute_seconds(work.keys * self.width, "context")
         return max(0.0, seconds - self.constants.overlap * self.attention(work)[passes > 1])
 
     def expert(self, work: LayerWork) -> float:
+        """Seconds of sending tokens to their experts and back."""
+        if not work.dispatched:
+            return 0.0
         return 2 * self.network.exchange_seconds(work.dispatched * self.width, self.case.rules["experts"])
 
     def launch(self) -> float:
@@ -154,9 +159,7 @@ class _Clock:
         computed = product + attention + forward["memory_bound"] + forward["launch"]
         if not self.software.repeats_last and self.case.stages is None:
             computed -= sum(self._product(p) for p in work.last) / self.quality
-        again = {"none": 0.0, "full": computed, "selective": self.selective(computed, forward)}[
-            self.run.train.recompute
-        ]
+        again = self.repeated(computed, forward)
         backward = {
             "matmul": product_back,
             "attention": attention_back,
@@ -171,12 +174,20 @@ class _Clock:
         forward["data"], backward["data"] = data
         return _Pass(forward), _Pass(backward)
 
-    def selective(self, computed: float, forward: Mapping[str, float]) -> float:
-        """Seconds of what selective recomputation repeats."""
-        repeats = self.software.selective
-        if repeats == "half":
-            return computed / 2
-        return forward["attention"] + (forward["memory_bound"] if repeats == "elementwise" else 0.0)
+    def repeated(self, computed: float, forward: Mapping[str, float]) -> float:
+        """Seconds of what the backward pass of a layer computes again.
+
+        Args:
+            computed: Seconds of all of it.
+        """
+        recompute, habit = self.run.train.recompute, self.software.selective
+        if recompute == "full":
+            return computed
+        if recompute == "selective":
+            attention = forward["attention"] + (forward["memory_bound"] if habit == "elementwise" else 0.0)
+            return computed / 2 if habit == "half" else attention
+        # What the ring of our pipeline keeps are the inputs of products.
+        return forward["memory_bound"] if self.case.software == "mtx" and self.case.stages is not None else 0.0
 
     def gathered(self, work: LayerWork, forward: float, backward: float) -> tuple[float, float]:
         """Exposed seconds of ZeRO-3's exchanges of a layer: its weights twice, its gradients once."""
@@ -192,7 +203,9 @@ class _Clock:
         """Forward and backward of the head; that of a lockstep pipeline may be shared by all stages."""
         shared = self.software.pipeline == "lockstep" and self.run.pipeline.head == "sharded"
         tensor = self.tensor(1, work)
-        both = 2 * self.network.reduce_seconds(work.exchanged * self.width, ("pipe",)) if shared else 0.0
+        parts = self.case.shards("seq_sp") // self.case.shards("seq")
+        passed = work.exchanged / parts * self.width
+        both = 2 * self.network.reduce_seconds(passed, ("pipe",)) if shared else 0.0
         product, product_back = self.products(work)
         forward = {"matmul": product, "memory_bound": self.traffic(work), "tensor": tensor}
         backward = {
