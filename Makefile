@@ -1,4 +1,5 @@
 # make setup     .venv in this checkout, with .venv/bin/mtx
+# make rehearsals  what `mtx rehearse` compiles with, 390 MB, beside the environment's packages
 # make train     a small GPT from the text that comes with mtx: tokenizer, token stores, training, a sample, report.html
 # make test      lint, types and the tests that take seconds
 # make test-all  the slow tests as well
@@ -13,6 +14,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMPILER := $(VENV)/mtx-plan
 REQUIREMENTS := pyproject.toml requirements.txt $(wildcard constraints-*.txt)
 
 # A step on a CPU takes and gives back gigabytes: in pages of 4 KB that costs a tenth of its time (docs/performance.md).
@@ -26,7 +28,7 @@ SELECTED ?= not slow
 # Files of tests go to one worker each: what a file compiles is compiled once.
 WORKERS ?= 2
 
-.PHONY: setup train test test-all check pytest
+.PHONY: setup rehearsals train test test-all check pytest
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -50,6 +52,16 @@ $(READY): $(REQUIREMENTS)
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint $$pins --editable '.[test]'; \
 	touch "$@"; \
 	echo "$(BIN)/mtx is ready"
+
+# Not among the packages: there JAX tries to start it, and complains, wherever there is no GPU.
+rehearsals: $(COMPILER)
+	@:
+
+$(COMPILER): $(READY)
+	@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("jaxlib"))'); \
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$@" \
+	    "jax-cuda13-pjrt==$$version"; \
+	touch "$@"
 
 # What exists is never made again: tokenizers and stores do not change, and a run goes on where its folder stands.
 train: $(STORES)

@@ -26,6 +26,8 @@ MORE_FLOPS = 1.1
 """A program may multiply so many times what its layout implies: losses, routers and padding are left out there."""
 MORE_BYTES = 1.1
 PLAN_ERROR = 0.1
+MINOR = 0.01
+"""Of the card's memory."""
 SMALL_BYTES = 2**20
 """Sums of losses, counts and norms are smaller."""
 
@@ -118,18 +120,14 @@ def _reductions_in_loops(step: Dissection) -> Iterator[Finding]:
 def _wrong_in_loop(step: Dissection, c: Collective) -> set[str]:
     """Axes over which nothing of this kind and shape is to be summed for each microbatch."""
     weights = {
-        _plain(_local(step, shape, placement.compute)[first:])
+        _local(step, shape, placement.compute)[first:]
         for parameter, shape, placement in step.case.placed
         for first in (0, 1)  # of a stack, also one layer
         if placement.is_matrix and "positions" not in parameter.axes
     }
-    is_gradient = any(_plain(shape.dims) in weights for shape in c.operands)
+    is_gradient = any(shape.dims in weights for shape in c.operands)  # activations have a dim more
     wrong = {"data", "expert"} | ({"pipe", "context"} if is_gradient else set())
     return wrong if c.kind == "reduce-scatter" else wrong | {"fsdp"}  # where ZeRO-3's gradients go at once
-
-
-def _plain(dims: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(dim for dim in dims if dim != 1)
 
 
 def _local(step: Dissection, shape: tuple[int, ...], spec: object) -> tuple[int, ...]:
@@ -226,15 +224,18 @@ def _replicated(step: Dissection) -> Iterator[Finding]:
     for entry in step.replicated:
         groups.setdefault((entry.array, entry.axes), []).append(entry)
     for (array, axes), entries in groups.items():
+        size = sum(entry.size_bytes for entry in entries)
         by_choice = step.case.run.rules.zero < (2 if array == "weight" else 1) and axes != ("tensor",)
+        is_minor = by_choice or size < MINOR * step.target.memory_bytes
         names = ", ".join(entry.parameter for entry in entries[:3]) + (", ..." if len(entries) > 3 else "")
         what = "weights" if array == "weight" else "moments of the optimizer"
         text = (
-            f"{gib(sum(entry.size_bytes for entry in entries))} of {what} are the same on all devices along "
+            f"{gib(size)} of {what} are the same on all devices along "
             f"{', '.join(axes)}: {names}"
         )
-        keys = ("Rules.zero",) if by_choice else ("Model.vocab_size", "Rules.overrides")
-        yield Finding("note" if by_choice else "warning", "replicated", text, keys)
+        dividing = ("Model.vocab_size", *(f"Mesh.{axis}" for axis in axes))
+        keys = ("Rules.zero",) if by_choice else dividing
+        yield Finding("note" if is_minor else "warning", "replicated", text, keys)
 
 
 def _attention(step: Dissection) -> Iterator[Finding]:

@@ -34,7 +34,7 @@ def print_rehearsal(step: Dissection, findings: Sequence[Finding]) -> None:
     kernels = sum(call.executions for call in step.attention)
     print(
         f"\nmatrix products: {flops / 1e12:,.1f} TFLOP, of which the model needs {step.model_flops / 1e12:,.1f} "
-        f"({step.model_flops / flops:.1%}, attention in full): {step.forward_equivalents:.2f} forward passes; the "
+        f"(attention in full): {step.forward_equivalents:.2f} forward passes; the "
         f"layout implies {step.expected_forward_equivalents:.2f}; {kernels:,} runs of cuDNN's attention"
     )
     rows = []

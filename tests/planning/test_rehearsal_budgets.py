@@ -1,0 +1,52 @@
+"""The shipped runs, compiled for the clusters that they name: each within its budget, without an error or a warning.
+
+All of them take a quarter of an hour; without `MTX_ALL_REHEARSALS` in the environment only the quick ones are compiled.
+"""
+
+import json
+import os
+import pathlib
+import resource
+
+import programs
+import pytest
+from planning.test_rehearsal import needs_compiler
+
+ROOT = pathlib.Path(__file__).parents[2]
+QUICK = ("mt_nlg_530b", "sc21_1t")
+BUDGETS = ROOT / "tests" / "golden" / "budgets"
+RUNS = sorted(path.stem for path in BUDGETS.glob("*.json"))
+GIB = 2**30
+
+
+def rehearse(name, *arguments):
+    budget = ["--budget", str(BUDGETS / f"{name}.json")]
+    command = ["-m", "mtx", "rehearse", f"configs/runs/{name}.gin", *budget, "--json", *arguments]
+    done = programs.run(command, check=False, timeout_s=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_shipped_runs_are_within_their_budgets(name):
+    if name not in QUICK and not os.environ.get("MTX_ALL_REHEARSALS"):
+        pytest.skip("slow even for a slow test; MTX_ALL_REHEARSALS=1 runs it")
+    answer = rehearse(name)
+    assert answer["fits"]
+    assert answer["grown"] == []
+    assert [finding for finding in answer["findings"] if finding["severity"] != "note"] == []
+    assert answer["argument_bytes"] == answer["plan"]["state_bytes"] + answer["plan"]["batch_bytes"]
+    assert answer["alias_bytes"] == answer["plan"]["state_bytes"]
+    if name == "mt_nlg_530b":
+        assert answer["gpus"] == 2240
+        assert answer["peak_bytes"] <= 40 * GIB
+        assert answer["compiler_memory_bytes"] < 2 * GIB
+        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * GIB
+
+
+def test_every_shipped_run_of_a_cluster_has_a_budget():
+    shipped = {path.stem for path in (ROOT / "configs" / "runs").glob("*.gin") if "clusters/" in path.read_text()}
+    assert shipped == set(RUNS)
+    assert set(QUICK) < shipped
