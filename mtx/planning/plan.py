@@ -189,7 +189,8 @@ class Plan:
         rows = f"{error['rows']} dense ones in bfloat16{', kept from the fit,' if error['held_out'] else ''}"
         said = (
             "The constants of the time model were fitted on published runs of other software; on "
-            f"{rows} the error has the median {error['median']:.1%} and the 90th percentile {error['percentile_90']:.1%}."
+            f"{rows} the error has the median {error['median']:.1%} and the 90th percentile "
+            f"{error['percentile_90']:.1%}."
         )
         if self.case.software != "mtx":
             return said

@@ -25,6 +25,7 @@ from mtx.config import render, schema
 from mtx.config.axes import MESH_AXES
 from mtx.config.fit import Layout, contradictions, misfits
 from mtx.data.ramp import BatchSizes
+from mtx.errors import UserError
 from mtx.planning.case import Case, Cluster, declare
 from mtx.planning.constants import Constants, load_constants
 from mtx.planning.flops import model_flops_per_token
@@ -311,12 +312,10 @@ class _Search:
         message = find_misfit(run, sizes)
         if message is not None:
             return f"refused: {message.split()[0]}", message
-        case = Case(run, self.cluster, self.software)
-        if run.train.attention == "cudnn" and not uses_fused_attention(case):
-            return "no kernel", (
-                f"Train.attention = 'cudnn' cannot compute this attention (head_dim {run.model.head_width}, "
-                f"{run.precision.compute}) on {self.cluster.gpu.name}: set 'auto'"
-            )
+        try:
+            uses_fused_attention(Case(run, self.cluster, self.software))
+        except UserError as error:  # the kernel that the run insists on
+            return "no kernel", f"{error} ({self.cluster.gpu.name})"
         return None
 
     def _case(self, option: _Option, level: int) -> Case:

@@ -1,6 +1,7 @@
 """`mtx plan`: what it answers, what it refuses, and that its three forms say the same."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from mtx.cli import main
+from mtx.planning.calibration import Calibration, write_calibration
+from mtx.planning.constants import load_constants
 from mtx.planning.published import COLUMNS
 
 FLAGSHIP = "configs/runs/mt_nlg_530b.gin"
@@ -203,3 +206,14 @@ def test_help_is_quick_and_starts_nothing_heavy():
     assert done.stderr.split() == []
     assert "--compute-optimal" in done.stdout
     assert Path(FLAGSHIP).exists()
+
+
+def test_a_calibration_changes_the_constants_and_what_is_said(capsys, config, tmp_path):
+    path = tmp_path / "mine.json"
+    slow = dataclasses.replace(load_constants(), matmul_efficiency=0.5 * load_constants().matmul_efficiency)
+    write_calibration(path, Calibration(gpu=None, constants=slow))
+    base, mine = ask(capsys, config), ask(capsys, config, "--calibration", str(path))
+    assert mine["step_seconds"] > 1.1 * base["step_seconds"]
+    assert (base["calibrated"], mine["calibrated"]) == (False, True)
+    assert mine["expected_error"] is None
+    assert "your own machine" in mine["trust"]
