@@ -87,7 +87,7 @@ class Dissection:
 
     @cached_property
     def program(self) -> Program:
-        return read_program(self.compiled.program, _turns(self.case))
+        return read_program(self.compiled.program, count_turns(self.case))
 
     @cached_property
     def lines(self) -> dict[str, Instruction]:
@@ -283,11 +283,12 @@ def _ticks(case: Case) -> dict[str, int] | None:
     return {"warm": first, "steady": last - first, "cool": end - last}
 
 
-def _turns(case: Case) -> Callable[[Instruction], int]:
-    """How often loops turn that learn it at run time: those over the microbatches of a batch that ramps up, at its full
-    size, and those over the blocks of rows that experts have received, which are taken to be even."""
+def count_turns(case: Case) -> Callable[[Instruction], int]:
+    """How often loops turn that learn it at run time, to be asked of each in the order of the program: those over the
+    microbatches of a batch that ramps up, at its full size, and those over the blocks of rows that experts have
+    received, as if all received equally many."""
     ticks = _ticks(case)
-    # The number of turns before the last microbatch has come in is known in any case.
+    # The ticks that only warm up are the same for every batch, and known.
     outer = iter([case.num_microbatches] if ticks is None else [ticks["steady"], ticks["cool"]])
 
     def turns(loop: Instruction) -> int:
