@@ -227,7 +227,7 @@ class Layer:
         rows = 2 * self.expert_rows * model.d_model * self.width
         if self.expert_rows and not self.in_slots:  # a loop over blocks adds them up
             rows += self.expert_matrices * FLOAT32
-        return gradients + rows + 2 * self.gathered + 4 * self.stream + self.attention_work
+        return gradients + rows + self.gathered + 4 * self.stream + self.attention_work
 
 
 def choose_attention(case: Case) -> str:

@@ -26,6 +26,15 @@ PARTS = (
 """In the order in which pictures stack them."""
 
 
+COMMUNICATOR_BYTES = 256 * 2**20
+"""Of NCCL's buffers for one axis of the mesh: channels between neighbours, each with buffers of some MiB. Not measured
+by us; it depends on the version, the network and the number of channels."""
+CONTEXT_BYTES = 768 * 2**20
+"""Of CUDA's context, the kernels' code and the libraries' handles. Not measured by us."""
+FRAGMENTATION = 0.02
+"""Share of what is allocated that the allocator loses between blocks. Not measured by us: the temporaries of a step are
+one block, in which XLA has packed them, and arguments are blocks that stay."""
+
 EXPLAIN: Mapping[str, str] = {
     "parameters": "The weights that the optimizer updates (Precision.params), split by Mesh.tensor, pipe, expert and "
     "fsdp, with Rules.zero = 2 by all axes of data parallelism.",
@@ -130,8 +139,9 @@ class _Step:
             parts["optimizer"] += math.prod(staged) * width
         parts["optimizer"] += FLOAT32
         self._fill_peak(parts)
-        parts["communication"] = 2**30 if case.cluster.num_gpus > 1 else 0
-        parts["overhead"] = 2 * 2**30
+        compiled = sum(parts.values())
+        parts["communication"] = COMMUNICATOR_BYTES * sum(size > 1 for size in case.sizes.values())
+        parts["overhead"] = CONTEXT_BYTES + int(FRAGMENTATION * compiled)
         return parts
 
     def _fill_peak(self, parts: dict[str, int]) -> None:
@@ -142,13 +152,13 @@ class _Step:
         workspace = self._library_work
         backward = max((layer.backward_work for layer in self.layers.values()), default=0) + self._one_layer
         if case.stages is not None:
-            parts["pipeline"] = self._rings
-            slots = case.stages.slots
-            names = ring_names(case.run.train.recompute)
-            kept = sum(self.layers[stack].recompute(names) for stack in slots)
-            received = 4 * next(iter(self.layers.values())).stream
-            parts["pipeline"] += received
+            a_chunk = self._ring_slot
+            parts["pipeline"] = (2 * case.stages.num_stages * case.stages.virtual_stages - 1) * a_chunk
+            parts["pipeline"] += 4 * next(iter(self.layers.values())).stream  # what is passed on, both ways
             parts["pipeline"] += self._chunk_weights
+            kept = self._recomputed_in_stage
+            if a_chunk > kept and a_chunk + head > kept + backward + table:
+                kept = a_chunk  # of the forward unit, before it goes into the ring
         if backward + table >= head:
             parts["activations"], parts["logits"] = kept + backward, table
         else:
@@ -207,16 +217,29 @@ class _Step:
         return total
 
     @cached_property
-    def _rings(self) -> int:
-        """Inputs and named values of the microbatches in flight."""
+    def _ring_slot(self) -> int:
+        """Input and named values of a microbatch in a chunk."""
         stages = self.case.stages
         assert stages is not None
         names = ring_names(self.case.run.train.recompute)
-        a_chunk = sum(self.layers[stack].keep(names) for stack in stages.slots)
         layer = self.layers[stages.slots[0]]
-        if "layer_in" not in names:
-            a_chunk += layer.stream
-        return (2 * stages.num_stages * stages.virtual_stages - 1) * a_chunk
+        return sum(self.layers[stack].keep(names) for stack in stages.slots) + layer.stream * ("layer_in" not in names)
+
+    @cached_property
+    def _recomputed_in_stage(self) -> int:
+        """What the backward unit of a stage computes again of all its layers, before it runs them backward."""
+        stages, run = self.case.stages, self.case.run
+        assert stages is not None
+        names, total = ring_names(run.train.recompute), 0
+        for slot, stack in enumerate(stages.slots):
+            layer = self.layers[stack]
+            if run.pipeline.head == "last" and not stages.is_full(slot) and not layer.routed:
+                total += layer.keep_all(explicit=True) - layer.keep(
+                    names
+                )  # a branch: of what is in it XLA keeps what JAX says
+            else:
+                total += layer.recompute(names)
+        return total
 
     @cached_property
     def _head(self) -> tuple[int, int]:
@@ -238,8 +261,9 @@ class _Step:
             peak = gradients + max(scores, table * FLOAT32) + padded + table * FLOAT32
         else:
             peak = gradients + max(scores + padded, table * FLOAT32)
-        gathered = table * self.width if self._table_is_gathered else 0
-        return peak + 2 * seen + gathered, table * self.width + seen
+        is_cut = case.stages is not None and run.pipeline.head == "sharded"
+        copied = table * self.width if is_cut or self._table_is_gathered else 0
+        return peak + 2 * seen + copied, table * self.width + layer.stream + (copied if is_cut else 0)
 
     @property
     def _table_is_gathered(self) -> bool:
