@@ -233,9 +233,8 @@ def _print_check(report: dict[str, Any], only: tuple[str, ...] = ("",)) -> None:
     for row in report["rows"]:
         if row["id"].startswith(only):
             note = "" if row["own_quality"] else f"  no quality of its own: {row['population']}"
-            print(
-                f"{row['id']:58} {row['published_s']:12.3f} {row['predicted_s']:12.3f} {_percent(row['error']):>8}{note}"
-            )
+            seconds = f"{row['published_s']:12.3f} {row['predicted_s']:12.3f}"
+            print(f"{row['id']:58} {seconds} {_percent(row['error']):>8}{note}")
 
 
 def _print_excluded(excluded: dict[str, str], limit: int | None = None) -> None:

@@ -5,7 +5,10 @@ data sheets state them; `measured_flops` is the fastest matrix product that anyb
 
 Invariant: a device that is not in the table has no peak. A sibling's would make a wrong MFU look right.
 
-Source: NVIDIA's data sheets; measured rates: stas00/ml-engineering (maximum achievable matmul FLOPS).
+Sources. Peaks, memory, bandwidths and NVLink: NVIDIA's data sheets, NVLink halved there (one direction), structured
+sparsity taken out. Measured products: stas00/ml-engineering (maximum achievable matmul FLOPS). Domains and adapters:
+the DGX and NVL72 systems; clouds differ, so that a config's `Cluster` overrides both. From memory of the same sources,
+not read again: multiprocessors, TF32, watts, the adapters of V100, A100-40 and GB200, and all of GB300 but its peak.
 """
 
 from __future__ import annotations
