@@ -80,7 +80,7 @@ def test_exchanges_between_stages_are_the_ticks():
     step = make_step(make_case(mesh=PIPE2))
     assert rules(step) == ["ticks"]  # the program has none
     permute = "{{0,2},{1,3},{2,0},{3,1}}"
-    case = make_case(mesh=PIPE2, train={"global_batch_size": 4})
+    case = make_case(mesh=PIPE2, train={"global_batch_size": 16})
     step = make_step(case, inside="collective-permute", groups="{{0,2}}, source_target_pairs=" + permute)
     expected = sum(step.ticks.values()) + step.ticks["steady"]
     assert f"5 exchanges between stages, where the ticks of the schedule make {expected}" in audit(step)[0].text
