@@ -101,12 +101,13 @@ def _summary(errors: np.ndarray) -> dict[str, float] | None:
 
 def _fit_of(run: PublishedRun) -> dict[str, Any]:
     assert run.case is not None
-    total, usable = sum(estimate_parts(run.case).values()), usable_bytes(run.case.cluster.gpu)
+    gpu = run.case.cluster.gpu
+    total, usable = sum(estimate_parts(run.case).values()), usable_bytes(gpu)
     return {
         "id": run.id,
         "gib": total / 2**30,
         "share_of_usable": total / usable,
-        "fits": total <= usable,
+        "fits": total <= usable_bytes(gpu, run.case.software),
         "inferred": run.inferred,
     }
 

@@ -108,7 +108,7 @@ def compare_runs(runs: Iterable[PublishedRun], constants: Constants | None = Non
             continue
         memory = estimate_memory(run.case).total
         seconds = estimate_time(run.case, constants).seconds
-        found.append(Comparison(run, seconds, memory, memory <= usable_bytes(run.case.cluster.gpu)))
+        found.append(Comparison(run, seconds, memory, memory <= usable_bytes(run.case.cluster.gpu, run.case.software)))
     return found
 
 

@@ -240,7 +240,7 @@ class _Search:
     def __init__(self, run: schema.Run, cluster: Cluster, software: str, constants: Constants | None, keep: int):
         self.run, self.cluster, self.software, self.keep = run, cluster, software, keep
         self.constants = load_constants() if constants is None else constants
-        self.limit = int((1 - MARGIN) * usable_bytes(cluster.gpu))
+        self.limit = int((1 - MARGIN) * usable_bytes(cluster.gpu, software))
         self.options: list[_Option] = []
         self.found: list[Candidate] = []
         self.rejected: list[Rejection] = []

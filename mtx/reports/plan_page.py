@@ -120,7 +120,7 @@ def _draw_memory(plan: Plan, compiled: Mapping[str, float] | None) -> str:
     rows = [[_name(part), format_gib(size), _PERCENT(size / total)] for part, size in plan.memory.parts.items()]
     rows.append(["<b>total</b>", f"<b>{format_gib(total)}</b>", ""])
     gpu = plan.case.cluster.gpu
-    rows.append([f"{escape(gpu.name)}, what a program may have", format_gib(usable_bytes(gpu)), ""])
+    rows.append([f"{escape(gpu.name)}, safe to use", format_gib(usable_bytes(gpu, plan.case.software)), ""])
     table = draw_table(["part", "of the GPU that holds most", "share"], rows, "numbers compact")
     return f"<h2>Memory per GPU</h2>{draw_figure(draw_plan_memory(plan, compiled))}{table}"
 
@@ -285,7 +285,11 @@ def _draw_assumptions(plan: Plan) -> str:
             show(gpu.measured_flops.get(dtype), lambda flops: f"{flops / 1e12:,.0f} TFLOP/s"),
             "what efficiencies of products are relative to",
         ],
-        ["memory", format_gib(gpu.memory_bytes), f"{format_gib(usable_bytes(gpu))} of it for a program"],
+        [
+            "memory",
+            format_gib(gpu.memory_bytes),
+            f"{format_gib(usable_bytes(gpu, plan.case.software))} of it safe to use",
+        ],
         ["memory bandwidth", f"{gpu.memory_bandwidth / 1e12:.3g} TB/s", ""],
         ["NVLink", f"{gpu.nvlink_bandwidth / 1e9:,.0f} GB/s", f"per direction, among {cluster.domain} GPUs"],
         ["network", f"{cluster.nic_bandwidth / 1e9:,.3g} GB/s", "per GPU and direction, between such groups"],

@@ -65,7 +65,8 @@ def _print_memory(plan: Plan) -> None:
         [part.replace("_", " "), format_gib(size), f"{size / total:.1%}"] for part, size in plan.memory.parts.items()
     ]
     print_table(["memory per GPU", "", "share"], [*rows, ["total", format_gib(total), ""]])
-    card = f"{gpu.name} has {format_gib(gpu.memory_bytes)}, of which {format_gib(usable_bytes(gpu))} can be used"
+    usable = format_gib(usable_bytes(gpu, plan.case.software))
+    card = f"{gpu.name} has {format_gib(gpu.memory_bytes)}, of which {usable} are safe to use"
     if plan.fits:
         print(f"fits: {card}, {format_gib(-plan.excess_bytes)} stay free")
         return

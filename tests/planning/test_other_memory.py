@@ -158,5 +158,11 @@ def test_what_ran_fits(runs):
     for name, run in runs.items():
         if name.startswith("mosaic") and "_s2048_" in name:
             assert estimate_memory(run.case).total < 1.03 * usable_bytes(run.case.cluster.gpu), name
-    dead = runs["bloom_sweep_181B_h14336_n48_tp8_pp1_mbs1_gbs2016_a64_02-25"].case
-    assert estimate_memory(dead).total > usable_bytes(dead.cluster.gpu)
+
+
+def test_no_run_that_ran_out_of_memory_is_called_fitting(runs):
+    failed = [run for run in runs.values() if run.out_of_memory]
+    assert len(failed) > 1
+    for run in failed:
+        case = run.case
+        assert estimate_memory(case).total > usable_bytes(case.cluster.gpu, case.software), run.id
