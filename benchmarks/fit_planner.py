@@ -6,8 +6,8 @@
     python benchmarks/fit_planner.py --sc21              the rows of arXiv 2104.04473, tables 1 and 2, one by one
 
 A population is the runs of one software on one generation of GPUs: each has a quality of its own, all share the other
-constants. Populations count alike, whatever their number of rows. Errors are predicted over published seconds, less
-one; medians and 90th percentiles are of their absolute values.
+constants. A population of n rows counts like the square root of n, so that large ones do not decide alone. Errors are
+predicted over published seconds, less one; medians and 90th percentiles are of their absolute values.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ class _Clock:
                 rate *= self.constants.older_instructions
             forward = work.attention_flops / 2 / rate
             return forward, 2.5 * forward
-        seconds = sum(product_seconds(p, self.gpu, "bfloat16", self.constants) for p in work.attention)
+        dtype = "float32" if self.dtype == "float32" else "bfloat16"  # never in 8 bits
+        seconds = sum(product_seconds(p, self.gpu, dtype, self.constants) for p in work.attention)
         if self.run.model.head_width % 8 and self.case.software != "mtx":  # XLA fills up what is not aligned
             seconds /= MISALIGNED
         passes = work.score_bytes / self.bandwidth
