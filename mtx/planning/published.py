@@ -59,7 +59,7 @@ _HARDWARE: Mapping[str, Gpu] = {
     "H100-SXM-80GB": GPUS["H100"],
     # A part of a cloud: more and slower memory, 500 W. Clocks fall with about the square root of a limit of power: more
     # than its cube root, as if voltage always followed the clock, less than the limit itself. An H200 of the same
-    # software agrees within 3 %.
+    # software agrees within 5 %.
     "H100-SXM-96GB-HBM2e-500W": dataclasses.replace(
         GPUS["H100"],
         name="H100-96",
