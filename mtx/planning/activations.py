@@ -167,9 +167,9 @@ class Layer:
         rows = self.tokens * model.num_heads // self.case.shards("heads")
         if self.kernel != "xla":
             return rows * FLOAT32  # the log-sum-exp of the scores
-        # Of each block of queries two float32 arrays, the weights, and a mask, up to the block's end.
+        # Of each block of queries the weights in both formats, up to the block's end.
         seen = (length + min(QUERY_BLOCK, length)) // 2
-        return rows * seen * (2 * FLOAT32 + self.width + 1)
+        return rows * seen * (FLOAT32 + self.width)
 
     @cached_property
     def attention_work(self) -> int:
@@ -215,7 +215,8 @@ class Layer:
         named = sum(size for name, size in self.values.items() if name not in kept and name != "layer_in")
         # Of the MLP there are the factors of its products, or what XLA makes of them in one go: as many arrays.
         arrays = 1 if "mlp_hidden" not in kept else 3 if self.case.run.model.gated else 2
-        return named + arrays * self.activated
+        weighted = self.expert_hidden * FLOAT32 // self.width  # times the weight of the choice, in float32
+        return named + arrays * self.activated + weighted
 
     @cached_property
     def backward_work(self) -> int:

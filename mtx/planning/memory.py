@@ -159,10 +159,13 @@ class _Step:
             kept = self._recomputed_in_stage
             if a_chunk > kept and a_chunk + head > kept + backward + table:
                 kept = a_chunk  # of the forward unit, before it goes into the ring
-        if backward + table >= head:
-            parts["activations"], parts["logits"] = kept + backward, table
-        else:
-            parts["activations"], parts["logits"] = kept, head
+        work, logits = (backward, table) if backward + table >= head else (0, head)
+        if not self.accumulates and not self.scans_layers:  # gradients come to be as what layers keep goes
+            if kept + work + logits > parts["gradients"] + backward:
+                parts["gradients"] = 0
+            else:
+                kept, work, logits = 0, backward, 0
+        parts["activations"], parts["logits"] = kept + work, logits
         parts["activations"] += workspace
 
     @cached_property
