@@ -16,6 +16,7 @@ Invariant: units out of the schedule compute on zeros and add nothing; gradients
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -204,7 +205,8 @@ class _Pipeline:
         """
         comm, unit = self.forward.setup.context.comm, self.schedule.backward(tick, self.stage)
         inputs = self.read(unit)
-        x_BTD, saved = jax.tree.map(lambda r: lax.dynamic_index_in_dim(r, unit.slot, 0, keepdims=False), ring)
+        held = jax.tree.map(lambda r: lax.dynamic_index_in_dim(r, unit.slot, 0, keepdims=False), ring)
+        x_BTD, saved = jax.tree.map(lambda row, a: row.reshape(a.shape), held, self.held)
 
         def rerun(weights: list[Params], x_BTD: jax.Array) -> tuple[tuple[jax.Array, Sums], Sums]:
             y_BTD, _, extras = self.run(weights, x_BTD, inputs, unit.chunk, saved)
@@ -243,10 +245,20 @@ class _Pipeline:
         shape = jax.eval_shape(lambda: self.embed(self.read(unit)))
         return self.forward.setup.context.comm.varying(jnp.zeros(shape.shape, shape.dtype))
 
-    def rings(self, x_BTD: jax.Array) -> Any:
-        """Room for inputs and named values of all microbatches in flight."""
+    @cached_property
+    def held(self) -> tuple[jax.ShapeDtypeStruct, Any]:
+        """What a stage keeps of a microbatch: its input and the named values, abstract."""
+        x_BTD = jax.eval_shape(self.zeros)
         _, _, record = jax.eval_shape(lambda x: self.forward_unit(jnp.int32(0), x), x_BTD)
-        rings = jax.tree.map(lambda a: jnp.zeros((self.schedule.depth, *a.shape), a.dtype), (x_BTD, record))
+        return x_BTD, record
+
+    def rings(self) -> Any:
+        """Room for what is held of all microbatches in flight: of each value a row per slot, flat.
+
+        Flat, since writer and readers may want the dims of a value in different orders of memory: then one value is
+        turned round at a tick, where XLA would else copy the whole ring.
+        """
+        rings = jax.tree.map(lambda a: jnp.zeros((self.schedule.depth, a.size), a.dtype), self.held)
         return self.forward.setup.context.comm.varying(rings)
 
     def zero_sums(self) -> Sums:
@@ -273,7 +285,7 @@ def accumulate_in_pipeline(
     def do_forward(tick: jax.Array, received: jax.Array, ring: Any) -> tuple[jax.Array, Any]:
         x, out, record = pipeline.forward_unit(tick, received)
         slot = schedule.forward(tick, pipeline.stage).slot
-        ring = jax.tree.map(lambda r, a: lax.dynamic_update_index_in_dim(r, a, slot, 0), ring, (x, record))
+        ring = jax.tree.map(lambda r, a: lax.dynamic_update_index_in_dim(r, a.reshape(-1), slot, 0), ring, (x, record))
         return out, ring
 
     def do_head(tick: jax.Array, out: jax.Array, dy: jax.Array, grads: Params, sums: Sums) -> Any:
@@ -303,7 +315,7 @@ def accumulate_in_pipeline(
     x = pipeline.zeros()
     accumulators = {"weights": pipeline.weights, **{n: w for n, w in prepared.items() if n != "line"}}
     grads = comm.varying(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), accumulators))
-    carry = (x, x, pipeline.rings(x), grads, pipeline.zero_sums())
+    carry = (x, x, pipeline.rings(), grads, pipeline.zero_sums())
     starts = (0, *schedule.ticks)
     for body, begin, end in zip((warm, steady, cool), starts, starts[1:]):
         carry = lax.fori_loop(begin, end, body, carry)

@@ -103,11 +103,10 @@ def make_loss_and_gradients(setup: Setup) -> Callable[..., tuple[Sums, Params]]:
 
 
 def _only_where(condition: jax.Array, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, which goes nowhere and remembers nothing where the condition, a scalar, is false."""
+    """The optimizer, which remembers nothing where the condition, a scalar, is false."""
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         direction, after = transformation.update(grads, state, params)
-        direction = jax.tree.map(lambda d: jnp.where(condition, d, jnp.zeros_like(d)), direction)
         return direction, jax.tree.map(lambda new, old: jnp.where(condition, new, old), after, state)
 
     return optax.GradientTransformation(transformation.init, update)
@@ -132,7 +131,10 @@ def make_train_step(setup: Setup) -> Any:
         transformation = _only_where(is_finite, setup.transformation)
         update = partial(update_in_turn, transformation) if offloaded else transformation.update
         direction, optimizer = update(grads, state["optimizer"], params)
-        params = jax.tree.map(lambda p, d: (p - scalars["learning_rate"] * d).astype(p.dtype), params, direction)
+        rate = scalars["learning_rate"]
+        # The old value, not a direction of zero: XLA would merge those zeros with the ones that gradients are added to,
+        # and keep a copy of them during the whole step.
+        params = jax.tree.map(lambda p, d: jnp.where(is_finite, (p - rate * d).astype(p.dtype), p), params, direction)
         if model.expert_bias_rate > 0:
             rate = jnp.where(is_finite, model.expert_bias_rate, 0.0)
             params = {**params, "expert_layers": balance(params["expert_layers"], sums["expert_load"], rate)}
