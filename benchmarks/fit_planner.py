@@ -28,6 +28,7 @@ import numpy as np
 
 from mtx.planning.case import Case
 from mtx.planning.constants import SHIPPED, TYPICAL, Constants, load_constants
+from mtx.planning.conventions import FORMATS, case_to_time, product_format
 from mtx.planning.fitting import fit
 from mtx.planning.published import PublishedRun, read_runs
 from mtx.planning.step_time import estimate_time
@@ -40,8 +41,6 @@ SHARED = (
 )  # fmt: skip
 BEFOREHAND = Constants(quality={TYPICAL: 0.9})
 FOLDS = 5
-GROUPS = ("bf16", "fp16", "fp8")
-"""Of runs: by the numbers that are multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +86,12 @@ def sort_runs(runs: Iterable[PublishedRun]) -> tuple[list[Point], dict[str, str]
         elif "heads" in run.inferred and run.case.software.startswith("megatron"):
             excluded[run.id] = "heads not published: attention in several kernels depends on their width (up to 35 %)"
         else:
-            group = next((name for name in GROUPS if name in run.precision and "+" not in run.precision), None)
-            if group is None:
+            group, case = product_format(run.precision), case_to_time(run.case, run.precision)
+            if group is None or case is None:
                 excluded[run.id] = f"products in {run.precision}"
-                continue
-            case = _in_8_bits(run.case) if group == "fp8" else run.case
-            points.append(Point(run.id, case, run.step_seconds, group))
+            else:
+                points.append(Point(run.id, case, run.step_seconds, group))
     return points, excluded
-
-
-def _in_8_bits(case: Case) -> Case:
-    precision: Any = dataclasses.replace(case.run.precision, compute="float8")
-    return dataclasses.replace(case, run=dataclasses.replace(case.run, precision=precision))
 
 
 def fit_all(points: Sequence[Point], begin: Constants | None = None) -> Constants:
@@ -161,7 +154,7 @@ def summarize(errors: Iterable[float]) -> dict[str, float | int]:
 def tabulate(points: Sequence[Point], constants: Constants) -> list[dict[str, Any]]:
     """Errors by population."""
     table = []
-    for group in GROUPS:
+    for group in FORMATS:
         populations = sorted({p.population for p in points if p.group == group})
         for name in populations:
             errors = [(p.error(constants), p.id) for p in points if p.population == name and p.group == group]
@@ -182,7 +175,7 @@ def tabulate(points: Sequence[Point], constants: Constants) -> list[dict[str, An
 
 def in_sample(points: Sequence[Point], constants: Constants) -> dict[str, Any]:
     """The summary that is stored, and that a test computes again."""
-    return {group: summarize(p.error(constants) for p in points if p.group == group) for group in GROUPS}
+    return {group: summarize(p.error(constants) for p in points if p.group == group) for group in FORMATS}
 
 
 def _percent(value: float) -> str:

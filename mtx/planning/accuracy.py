@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mtx.planning.constants import Constants
+from mtx.planning.conventions import case_to_time
 from mtx.planning.memory import estimate_memory
 from mtx.planning.plan import usable_bytes
 from mtx.planning.published import PublishedRun
@@ -26,7 +27,7 @@ class Comparison:
 
     Attributes:
         run: As published.
-        step_seconds: Predicted; None: the row has no case.
+        step_seconds: Predicted; None: the row has no case, or products of numbers that no GPU here has a peak for.
         memory_bytes: Predicted.
         fits: Whether the plan says that it fits.
     """
@@ -83,8 +84,8 @@ class Summary:
 
     Attributes:
         time: All rows that have a time.
-        time_dense_bf16: Dense models in 16 bits.
-        memory: Rows with measured memory.
+        time_dense_bf16: Dense models in bfloat16.
+        memory: Rows with measured memory that tell what they recompute, since activations depend on it.
         called_fitting: Ids of rows that ran out of memory and are predicted to fit.
         skipped: Why rows have no case -> how many.
     """
@@ -107,7 +108,8 @@ def compare_runs(runs: Iterable[PublishedRun], constants: Constants | None = Non
             found.append(Comparison(run, None, None, None))
             continue
         memory = estimate_memory(run.case).total
-        seconds = estimate_time(run.case, constants).seconds
+        timed = case_to_time(run.case, run.precision)
+        seconds = None if timed is None else estimate_time(timed, constants).seconds
         found.append(Comparison(run, seconds, memory, memory <= usable_bytes(run.case.cluster.gpu, run.case.software)))
     return found
 
@@ -118,7 +120,7 @@ def summarize(comparisons: Iterable[Comparison]) -> Summary:
     return Summary(
         time=_errors(row.time_error for row in rows),
         time_dense_bf16=_errors(row.time_error for row in rows if row.run.is_dense_bf16),
-        memory=_errors(row.memory_error for row in rows),
+        memory=_errors(row.memory_error for row in rows if "recompute" not in row.run.inferred),
         called_fitting=tuple(row.run.id for row in rows if row.run.out_of_memory and row.fits),
         skipped=dict(Counter(row.run.skipped for row in rows if row.run.skipped is not None).most_common()),
     )

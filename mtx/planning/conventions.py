@@ -10,8 +10,10 @@ Source: arXiv 2104.04473 (appendix) and 2205.05198 (section 5).
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from mtx.planning.case import Case
 from mtx.planning.flops import model_flops_per_token
@@ -24,6 +26,28 @@ def find_noted(notes: str, key: str, unit: float = 1.0) -> float | None:
     """The number after `key=` or `key~` among a row's notes, times `unit`."""
     found = re.search(rf"\b{key}\s*[=~]\s*([0-9.]*[0-9])", notes)
     return float(found[1]) * unit if found else None
+
+
+FORMATS = ("bf16", "fp16", "fp8")
+"""Of the numbers that are multiplied, in the words of the rows."""
+
+
+def product_format(precision: str) -> str | None:
+    """One of FORMATS, from a row's words for it; None: products of something else, or of two formats."""
+    return next((name for name in FORMATS if name in precision and "+" not in precision), None)
+
+
+def case_to_time(case: Case, precision: str) -> Case | None:
+    """A row's case with products in the row's format; None: no GPU of the table has a peak for them.
+
+    Runs of ours have 16 bits or more, and so the case of a row with 8: that is right for its memory, not for its time.
+    """
+    found = product_format(precision)
+    if found != "fp8":
+        return None if found is None else case
+    narrow: Any = "float8"  # of which the config knows nothing
+    precision = dataclasses.replace(case.run.precision, compute=narrow)
+    return dataclasses.replace(case, run=dataclasses.replace(case.run, precision=precision))
 
 
 def hardware_flops(case: Case) -> float:

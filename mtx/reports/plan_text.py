@@ -211,7 +211,7 @@ def print_comparisons(comparisons: Sequence[Comparison], summary: Summary) -> No
 
     rows = []
     for row in comparisons:
-        if row.step_seconds is None:
+        if row.memory_bytes is None:
             continue
         run = row.run
         memory = "out of memory" if run.out_of_memory else gib(run.memory_bytes)
