@@ -46,8 +46,8 @@ def case_to_time(case: Case, precision: str) -> Case | None:
     if found != "fp8":
         return None if found is None else case
     narrow: Any = "float8"  # of which the config knows nothing
-    precision = dataclasses.replace(case.run.precision, compute=narrow)
-    return dataclasses.replace(case, run=dataclasses.replace(case.run, precision=precision))
+    changed = dataclasses.replace(case.run.precision, compute=narrow)
+    return dataclasses.replace(case, run=dataclasses.replace(case.run, precision=changed))
 
 
 def hardware_flops(case: Case) -> float:
