@@ -71,6 +71,11 @@ def _within_stacks(transformation: optax.GradientTransformation, axes: Any) -> o
 
         return optax.GradientTransformation(init, jax.vmap(inner.update))
 
-    labels = jax.tree.map(lambda names: "/".join(stack_axes(names)), axes, is_leaf=lambda node: isinstance(node, tuple))
+    def name_stack(path: Any, names: tuple[str, ...]) -> str:
+        stacks = stack_axes(names)
+        # Two stacks of layers may have different numbers of them: each is on its own.
+        return "/".join((path[0].key, *stacks[1:])) if stacks else ""
+
+    labels = jax.tree_util.tree_map_with_path(name_stack, axes, is_leaf=lambda node: isinstance(node, tuple))
     depths = {label: len(label.split("/")) if label else 0 for label in jax.tree.leaves(labels)}
     return optax.partition({label: repeat(depth) for label, depth in depths.items()}, labels)

@@ -218,6 +218,23 @@ def test_adafactor_is_optax_adafactor_on_one_matrix():
     assert sum(leaf.size for leaf in state) < 24 * 16 / 2  # a row and a column, not the matrix
 
 
+@every_optimizer
+def test_stacks_of_different_depths_are_each_on_their_own(cls):
+    def both(seed):
+        return {"layers": draw(seed)["layers"], "expert_layers": draw(seed, AXES, {**SIZES, "layers": 5})["layers"]}
+
+    axes = {"layers": AXES["layers"], "expert_layers": AXES["layers"]}
+    together = cls(clip_norm=None).transformation(both(0), axes)
+    alone = cls(clip_norm=None).transformation(
+        {"expert_layers": both(0)["expert_layers"]}, {"expert_layers": AXES["layers"]}
+    )
+    direction, _ = first_update(together)(both(1), both(0))
+    want, _ = first_update(alone)(
+        {"expert_layers": both(1)["expert_layers"]}, {"expert_layers": both(0)["expert_layers"]}
+    )
+    assert_trees_close(direction["expert_layers"], want["expert_layers"], rtol=1e-5, atol=1e-6)
+
+
 def test_muon_is_optax_muon_on_matrices_and_adamw_elsewhere():
     decay = {"weight_decay": 0.3, "clip_norm": None}
     got = trajectory(build(Muon(**decay, momentum=0.9, rms=0.1, beta1=0.8, beta2=0.9)), draw(0), lambda i: draw(i + 10))
