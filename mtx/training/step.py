@@ -135,6 +135,7 @@ def make_train_step(setup: Setup) -> Any:
         # The old value, not a direction of zero: XLA would merge those zeros with the ones that gradients are added to,
         # and keep a copy of them during the whole step.
         params = jax.tree.map(lambda p, d: jnp.where(is_finite, (p - rate * d).astype(p.dtype), p), params, direction)
+        params = lax.with_sharding_constraint(params, update_shards)  # chosen on shards, then gathered: not both sides
         if model.expert_bias_rate > 0:
             rate = jnp.where(is_finite, model.expert_bias_rate, 0.0)
             params = {**params, "expert_layers": balance(params["expert_layers"], sums["expert_load"], rate)}
