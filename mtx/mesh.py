@@ -20,6 +20,10 @@ from mtx.errors import UserError
 
 ENVIRONMENT = ("MTX_COORDINATOR", "MTX_NUM_PROCESSES", "MTX_PROCESS_ID")
 """Set together by the launcher: HOST:PORT of process 0, number of processes, index of this one."""
+POOL_SHARE = 0.96
+"""Of a GPU's memory: what JAX's allocator takes at the start, for arrays. Its own default leaves a quarter of the card
+unused. The rest is for what lives outside: CUDA's context and NCCL's buffers."""
+_POOL_SETTINGS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the older name is refused beside
 _PEER_TIMEOUT_S = schema.Health().peer_timeout_s
 _BACKSTOP_S = 15
 """Later than a run's own watch JAX aborts (signal 6, nothing said) where a process gives it no sign of life."""
@@ -37,6 +41,8 @@ def start_process(*, peer_timeout_s: float = _PEER_TIMEOUT_S) -> None:
     Raises:
         UserError: Only some of the launcher's variables are set.
     """
+    if not any(name in os.environ for name in _POOL_SETTINGS):
+        os.environ[_POOL_SETTINGS[0]] = str(POOL_SHARE)  # read when the devices are first asked for
     cache = os.environ.get("MTX_COMPILATION_CACHE", str(Path.home() / ".cache" / "mtx" / "xla"))
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
