@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _refuse_idle_options(args)
+    if args.html is not None:
+        _refuse_to_overwrite(args.html)
     if args.list_gpus:
         _list_gpus(args)
     elif args.runs is not None:
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from mtx.planning.case import Case
+    from mtx.planning.case import Case, check_mesh
     from mtx.planning.plan import make_plan
     from mtx.reports import plan_text
 
@@ -83,7 +86,7 @@ def _plan(args: argparse.Namespace) -> None:
     config = options.load_config(args).run
     machines = _Machines(args, config)
     cluster = machines.cluster(config, machines.count(config))
-    _check_mesh(config.mesh, cluster.num_gpus)
+    check_mesh(config.mesh, cluster.num_gpus)
     case = Case.of(config, cluster, args.software, check=args.software == "mtx")
     plan = make_plan(case, machines.constants, **machines.terms())
     document = plan.as_json()
@@ -289,31 +292,6 @@ def _template(args: argparse.Namespace) -> schema.Run:
     return reader.load_text(scaling.TEMPLATE, "(the default proportions)", args.overrides).run
 
 
-def _check_mesh(mesh: schema.Mesh, count: int) -> None:
-    """Raises UserError where the mesh does not take exactly these GPUs."""
-    import math
-
-    from mtx.config.axes import MESH_AXES
-
-    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    product = math.prod(size for size in sizes.values() if size > 0)
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if product == count or (open_axes and count % product == 0):
-        return
-    given = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "of one GPU"
-    below = count // product * product
-    fitting = f"{below} or {below + product}" if below else str(product)
-    cure = (
-        f"plan for {fitting} GPUs (--gpus, Cluster.gpus)"
-        if open_axes
-        else f"plan for {product} GPUs, or set one axis to -1"
-    )
-    raise UserError(
-        f"the mesh {given} takes {product} GPUs{' at a time' if open_axes else ''}, and the plan is for {count}: "
-        f"{cure}, or let --search find a mesh"
-    )
-
-
 def _finish(
     args: argparse.Namespace,
     machines: _Machines,
@@ -326,10 +304,29 @@ def _finish(
         from mtx.planning.scaling import scale
         from mtx.reports.plan_page import write_plan_page
 
-        _refuse_to_overwrite(args.html)
-        write_plan_page(args.html, plan, search=search, scaling=scale(plan.case, machines.constants))
+        scaling = scale(plan.case, machines.constants)
+        try:
+            write_plan_page(args.html, plan, search=search, scaling=scaling)
+        except OSError as error:
+            raise UserError(f"--html {args.html}: {error.strerror}; name a file that can be written") from None
     if args.json:
         options.print_json(document)
+
+
+def _refuse_idle_options(args: argparse.Namespace) -> None:
+    """Raises UserError where an option is given that the question would not look at."""
+    machines = ("gpu", "gpus", "price", "tokens", "search", "days", "budget", "compute_optimal", "html")
+    if args.list_gpus:
+        question, idle = "--list-gpus", (*machines, "calibration", "runs")
+    elif args.runs is not None:
+        question, idle = "--runs", machines
+    elif args.compute_optimal:
+        question, idle = "--compute-optimal", ("tokens", "search", "budget")
+    else:
+        return
+    given = [f"--{name.replace('_', '-')}" for name in idle if getattr(args, name) not in (None, False)]
+    if given:
+        raise UserError(f"{question} makes nothing of {', '.join(given)}: leave one of them out")
 
 
 def _refuse_to_overwrite(path: Path) -> None:

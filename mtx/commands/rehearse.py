@@ -46,14 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 1 where a figure has grown past its budget."""
     from mtx.planning.audit import audit
-    from mtx.planning.budget import read_budget, write_budget
+    from mtx.planning.budget import check_place, read_budget, write_budget
     from mtx.planning.dissection import Dissection
     from mtx.reports import rehearsal_text
 
     budget = None if args.budget is None else read_budget(args.budget)
-    if args.write_budget is not None and args.write_budget.exists():
-        read_budget(args.write_budget)  # what is no budget is refused before the work is done
+    if args.write_budget is not None:
+        check_place(args.write_budget)  # what could not be written is refused before the work is done
     case, gpus_per_host = _make_case(args, options.load_config(args))
+    if budget is not None:
+        budget.check_setting(case)
     step = Dissection(case, _compile(case, gpus_per_host, args))
     findings = audit(step)
     rows: list[Comparison] = [] if budget is None else budget.compare(step)
@@ -76,7 +78,7 @@ def _make_case(args: argparse.Namespace, config: Config) -> tuple[Case, int]:
     """The run on its cluster, and the GPUs of a machine."""
     from mtx.config.axes import MESH_AXES
     from mtx.config.layout import check_layout, resolve_mesh
-    from mtx.planning.case import Case, Cluster
+    from mtx.planning.case import Case, Cluster, check_mesh
     from mtx.planning.hardware import GPUS
     from mtx.planning.target import TARGETS
 
@@ -95,7 +97,8 @@ def _make_case(args: argparse.Namespace, config: Config) -> tuple[Case, int]:
     else:
         count, per_host = known, min(known, per_host)
     if count % per_host:
-        raise UserError(f"{count} GPUs are no whole number of machines with {per_host}: give --gpus-per-host")
+        raise UserError(f"{count} GPUs are no whole number of machines with {per_host}: --gpus-per-host divides them")
+    check_mesh(mesh, count)
     check_layout(config.run, resolve_mesh(mesh, count), config.provenance)
     nic = None if wanted.nic_gbps is None else wanted.nic_gbps * 1e9 / 8
     cluster = Cluster.of(GPUS[name], count, domain=wanted.nvlink_domain, nic_bandwidth=nic)

@@ -87,15 +87,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _enter(folder: Path, stack: ExitStack) -> None:
-    """Makes the folder of the study and keeps other studies out of it."""
-    from mtx.checkpoints.lock import hold_lock
+    """Makes the folder of the study and keeps other studies out of it.
+
+    Raises:
+        UserError: It cannot be made, or has files that are not a study's: they might be overwritten.
+    """
+    from mtx.checkpoints import lock
+    from mtx.evaluation.study import DOCUMENT, RECORDS
     from mtx.jsonl import say
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+        if names - {lock.NAME} and not names & {DOCUMENT, RECORDS}:
+            raise UserError(f"--out {folder}: that folder has other files, and no {RECORDS} of a study: name a new one")
+        stack.enter_context(lock.hold_lock(folder, report=say, option="--out"))
     except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
-    stack.enter_context(hold_lock(folder, report=say, option="--out"))
+        raise UserError(f"--out {folder}: {error.strerror}; name a folder that can be written") from None
 
 
 def _check_launch(args: argparse.Namespace, *, simulated: bool) -> tuple[str, ...]:

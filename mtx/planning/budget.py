@@ -17,6 +17,7 @@ from typing import Any
 
 from mtx.errors import UserError
 from mtx.planning.audit import SMALL_BYTES
+from mtx.planning.case import Case
 from mtx.planning.dissection import Dissection
 
 KIND = "budget of mtx rehearse"
@@ -65,24 +66,29 @@ class Budget:
     setting: Mapping[str, Any]
     limits: Mapping[str, Limit]
 
+    def check_setting(self, case: Case) -> None:
+        """Raises UserError where the budget is of another cluster or mesh."""
+        now = setting(case)
+        other = [
+            f"{key} {self.setting.get(key)} there, {now[key]} here" for key in now if self.setting.get(key) != now[key]
+        ]
+        if other:
+            raise UserError(f"the budget is of another rehearsal: {'; '.join(other)}; --write-budget writes one")
+
     def compare(self, step: Dissection) -> list[Comparison]:
         """Every figure of either.
 
         Raises:
             UserError: The budget is of another cluster or mesh.
         """
-        now = setting(step)
-        there = {key: self.setting.get(key) for key in now}
-        if there != now:
-            raise UserError(f"the budget is of another rehearsal: {there} there, {now} here; --write-budget writes one")
+        self.check_setting(step.case)
         found = figures(step)
         names = [*self.limits, *(name for name in found if name not in self.limits)]
         return [Comparison(name, self.limits.get(name), found.get(name)) for name in names]
 
 
-def setting(step: Dissection) -> dict[str, Any]:
+def setting(case: Case) -> dict[str, Any]:
     """What a budget holds for."""
-    case = step.case
     return {"gpu": case.cluster.gpu.name, "gpus": case.cluster.num_gpus, "mesh": dict(case.sizes)}
 
 
@@ -118,9 +124,17 @@ def read_budget(path: Path) -> Budget:
         }
         return Budget(dict(document["setting"]), limits)
     except OSError as error:
-        raise UserError(f"--budget {path}: {error.strerror}; --write-budget {path} writes one") from None
+        raise UserError(f"{path}: {error.strerror}; --write-budget FILE writes a budget") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a budget ({error!s}); --write-budget writes one to a new file") from None
+
+
+def check_place(path: Path) -> None:
+    """Raises UserError where `write_budget` could not write: no folder, or something that is no budget."""
+    if path.exists():
+        read_budget(path)
+    elif not path.parent.is_dir():
+        raise UserError(f"--write-budget {path}: there is no folder {path.parent}; make it first")
 
 
 def write_budget(path: Path, step: Dissection) -> list[str]:
@@ -137,7 +151,7 @@ def write_budget(path: Path, step: Dissection) -> list[str]:
         name: Limit(value, old[name].tolerance if name in old else TOLERANCE) for name, value in figures(step).items()
     }
     entries = {name: {"limit": limit.value, "tolerance": limit.tolerance} for name, limit in limits.items()}
-    document = {"kind": KIND, "version": 1, "setting": setting(step), "figures": entries}
+    document = {"kind": KIND, "version": 1, "setting": setting(step.case), "figures": entries}
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_text(json.dumps(document, indent=2) + "\n")

@@ -17,6 +17,7 @@ from typing import Any
 from mtx.config import layout, schema
 from mtx.config.axes import MESH_AXES
 from mtx.config.rules import Rules, choose_rules
+from mtx.errors import UserError
 from mtx.models import ModelDefinition, define_model
 from mtx.optim.state import list_moments
 from mtx.planning.hardware import Gpu
@@ -254,3 +255,19 @@ class Case:
     def local_size(self, shape: tuple[int, ...], spec: Any) -> int:
         """Numbers of an array that one device holds."""
         return math.prod(shape) // math.prod(self.sizes[axis] for axis in mesh_axes(spec))
+
+
+def check_mesh(mesh: schema.Mesh, num_gpus: int) -> None:
+    """Raises UserError where a mesh does not take exactly these GPUs."""
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    product = math.prod(size for size in sizes.values() if size > 0)
+    is_open = -1 in sizes.values()
+    if product == num_gpus or (is_open and num_gpus % product == 0):
+        return
+    given = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "of one GPU"
+    below = num_gpus // product * product
+    fitting = f"{below} or {below + product}" if is_open and below else str(product)
+    raise UserError(
+        f"the mesh {given} takes {product} GPUs{' at a time' if is_open else ''}, and {num_gpus} are given: give "
+        f"{fitting} GPUs{'' if is_open else ', or set one axis to -1'}, or let `mtx plan --search` find a mesh"
+    )

@@ -160,10 +160,15 @@ def read_runs(path: str | Path) -> list[PublishedRun]:
             reader = csv.DictReader(file)
             absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if absent:
-                raise UserError(f"{path}:1: no column {', '.join(absent)}: a table of runs has {', '.join(COLUMNS)}")
+                raise UserError(
+                    f"{path}:1: no column {', '.join(absent)}: the first line of a table of runs names all of its "
+                    f"{len(COLUMNS)} columns, as in benchmarks/data/published_runs.csv"
+                )
             return [_read_row(row, f"{path}:{reader.line_num}") for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table of runs: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a table of runs, a .csv file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table of runs: {error}") from None
 
 
 def _read_row(row: dict[str, Any], where: str) -> PublishedRun:

@@ -146,7 +146,10 @@ def compile_apart(
 
 
 def _make_folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dump {path}: {error.strerror}; name a new folder") from None
     if any(path.iterdir()):
         raise UserError(f"--dump {path}: the folder is not empty; name a new one")
     return path

@@ -160,8 +160,8 @@ def test_published_runs_are_predicted(capsys, tmp_path):
         (("--set", "Cluster.gpu = None"), "which GPU? Give --gpu NAME, or Cluster.gpu"),
         (("--gpu", "H9000"), "no GPU 'H9000' in the table; there are V100"),
         (("--gpu", "H100", "--set", "Cluster.gpus = None"), "how many GPUs? Give --gpus N"),
-        (("--gpu", "H100", "--gpus", "2000"), "takes 280 GPUs at a time ... plan for 1960 or 2240 GPUs"),
-        (("--gpu", "H100", "--gpus", "2240", "--set", "Mesh.data = 4"), "takes 1120 GPUs, and the plan is for 2240"),
+        (("--gpu", "H100", "--gpus", "2000"), "takes 280 GPUs at a time ... give 1960 or 2240 GPUs"),
+        (("--gpu", "H100", "--gpus", "2240", "--set", "Mesh.data = 4"), "takes 1120 GPUs, and 2240 are given"),
         (("--gpu", "H100", "--gpus", "2240", "--software", "abacus"), "--software abacus: there are mtx"),
         (("--gpu", "H100", "--gpus", "2240", "--budget", "5"), "give it with --search"),
         (("--gpu", "H100", "--gpus", "8", "--search", "--days", "5"), "one of --gpus, --days and --budget"),
@@ -170,6 +170,9 @@ def test_published_runs_are_predicted(capsys, tmp_path):
         (("--gpu", "H100", "--gpus", "8", "--compute-optimal"), "give --days"),
         (("--tokens", "many"), "expected a number above 0"),
         (("--price", "0"), "expected a number above 0"),
+        (("--runs", "none.csv"), "none.csv: No such file"),
+        (("--runs", "runs.csv", "--html", "plan.html"), "--runs makes nothing of --html"),
+        (("--compute-optimal", "--days", "3", "--search"), "--compute-optimal makes nothing of --search"),
     ],
 )
 def test_what_is_refused_is_explained(capsys, arguments, said):
@@ -193,6 +196,11 @@ def test_pages_replace_pages_of_plans_only(capsys, config, tmp_path):
     assert "left alone" in complain(capsys, config, "--html", str(page))
     assert page.read_text() == "my notes"
     assert "no folder" in complain(capsys, config, "--html", str(tmp_path / "none" / "plan.html"))
+
+
+def test_a_page_that_cannot_be_written_is_a_mistake(capsys, config, tmp_path):
+    too_long = tmp_path / ("p" * 250 + ".html")  # the name of its draft is longer than file systems take
+    assert "File name too long" in complain(capsys, config, "--html", str(too_long))
 
 
 def test_help_is_quick_and_starts_nothing_heavy():

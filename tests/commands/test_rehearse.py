@@ -75,9 +75,11 @@ def test_the_cluster_of_the_config_is_the_default(config, compiler, capsys):
         ([], "which GPU? Give --gpu NAME, or Cluster.gpu"),
         (["--gpu", "H1000"], "no GPU 'H1000' in the table; there are A100-40"),
         (["--gpu", "H100"], "how many GPUs? Give --hosts N"),
-        (["--gpu", "H100", "--hosts", "1", "--budget", "none.json"], "--budget none.json: No such file"),
+        (["--gpu", "H100", "--hosts", "1", "--budget", "none.json"], "none.json: No such file"),
         (["--gpu", "H100", "--set", "Cluster.gpus = 12"], "12 GPUs are no whole number of machines with 8"),
         (["--gpu", "H100", "--hosts", "4"], "Train.global_batch_size"),
+        (["--gpu", "H100", "--hosts", "2", "--set", "Mesh.data = 4"], "takes 4 GPUs, and 16 are given: give 4 GPUs"),
+        (["--gpu", "H100", "--hosts", "2", "--write-budget", "no/folder.json"], "there is no folder no; make it first"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(config, compiler, capsys, arguments, message):
@@ -133,3 +135,12 @@ def test_budgets_of_other_things_are_refused(config, compiler, capsys, tmp_path)
     assert cli.main([*command, "1", "--write-budget", budget]) == 0
     assert cli.main([*command, "2", "--budget", budget]) == 2
     assert "of another rehearsal" in capsys.readouterr().err
+
+
+def test_a_budget_of_another_cluster_is_refused_before_anything_is_compiled(config, compiler, capsys, tmp_path):
+    budget = str(tmp_path / "budget.json")
+    assert cli.main(["rehearse", config, "--gpu", "H100", "--hosts", "2", "--write-budget", budget]) == 0
+    compiler[0].clear()
+    assert cli.main(["rehearse", config, "--gpu", "H100", "--hosts", "1", "--budget", budget]) == 2
+    assert "gpus 16 there, 8 here" in capsys.readouterr().err
+    assert compiler[0] == []

@@ -104,6 +104,16 @@ def test_mistakes_cost_nothing(workplace, study):
     assert (lost.returncode, "small.gin" in lost.stderr) == (2, True)
 
 
+def test_folders_of_other_things_are_left_alone(workplace, study):
+    page = study.parent / "out" / "study.html"
+    page.parent.mkdir()
+    page.write_text("my notes")
+    refused = play(workplace, study, check=False)
+    assert (refused.returncode, "has other files" in refused.stderr) == (2, True)
+    assert [path.name for path in page.parent.iterdir()] == ["study.html"]
+    assert page.read_text() == "my notes"
+
+
 def test_dry_run_for_gpus_that_are_not_here(workplace, study):
     settings = ["Study.simulated = False", "Cluster.gpu = 'H100'", "Data.train = {'no/such/store': 1.0}"]
     done = play(workplace, study, "--dry-run", "--json", *(word for s in settings for word in ("--set", s)))

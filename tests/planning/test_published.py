@@ -191,5 +191,5 @@ def test_a_torn_row(tmp_path):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.csv: cannot be read"):
+    with pytest.raises(UserError, match=r"nothing\.csv: No such file"):
         read_runs(tmp_path / "nothing.csv")
