@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,6 +80,15 @@ def simulated_environment(count: int) -> dict[str, str]:
 
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", *ENVIRONMENT))}
     return inherited | simulate(count, "--xla_backend_optimization_level=0")
+
+
+def end_as_ctrl_c() -> None:
+    """Lets SIGTERM end the process as Ctrl-C does, through every `finally`: of processes, locks and folders."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     case, gpus_per_host = _make_case(args, options.load_config(args))
     if budget is not None:
         budget.check_setting(case)
+    options.end_as_ctrl_c()
     step = Dissection(case, _compile(case, gpus_per_host, args))
     findings = audit(step)
     rows: list[Comparison] = [] if budget is None else budget.compare(step)

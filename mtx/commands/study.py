@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mtx.commands import options
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     launcher = _check_launch(args, simulated=plan.study.simulated)
     from mtx.evaluation import study
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    options.end_as_ctrl_c()
     folder = args.out or Path("studies") / Path(args.config).stem
     place = study.Place(folder, _environment, args.simulated, launcher=launcher, launched=args.devices)
     constants = _read_constants(args.calibration)
@@ -187,8 +185,3 @@ def _show(document: dict[str, Any], args: argparse.Namespace) -> None:
         options.print_json(document)
     else:
         print(format_study(document, is_plan=args.dry_run))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ends a study as Ctrl-C does, through every `finally`."""
-    raise KeyboardInterrupt

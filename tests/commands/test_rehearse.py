@@ -1,6 +1,9 @@
 """`mtx rehearse`: what it asks for, what it answers, and its exit codes. The compiler is a stand-in."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 from planning.rehearsals import make_step
@@ -144,3 +147,23 @@ def test_a_budget_of_another_cluster_is_refused_before_anything_is_compiled(conf
     assert cli.main(["rehearse", config, "--gpu", "H100", "--hosts", "1", "--budget", budget]) == 2
     assert "gpus 16 there, 8 here" in capsys.readouterr().err
     assert compiler[0] == []
+
+
+def test_sigterm_ends_it_as_ctrl_c_does(config, monkeypatch, capsys):
+    closed = []
+
+    def compile_apart(case, **arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            closed.append(case)
+
+    monkeypatch.setattr(rehearsal, "compile_apart", compile_apart)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["rehearse", config, "--gpu", "H100", "--hosts", "2"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(closed) == 1
+    assert "interrupted" in capsys.readouterr().err
