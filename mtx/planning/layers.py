@@ -213,7 +213,8 @@ def _products(case: Case, parameters: Iterable[Parameter], tokens: int) -> Itera
         reads_input = p.axes[-2] == "embed" and p.axes[-1] != "router"
         key = (p.path[1], "experts" in p.axes, "shared" in p.path, p.axes[-2]) if reads_input else p.path
         before = joined.get(key, (0, 0, 0, 0))[3]
-        joined[key] = (experts, rows // experts, contracted, before + columns)
+        busy = min(experts, rows)  # where tokens are fewer than experts, the others have nothing to do
+        joined[key] = (busy, rows // busy, contracted, before + columns)
     return [Product(*shape, 1) for shape in joined.values()]
 
 

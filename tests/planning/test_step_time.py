@@ -136,6 +136,11 @@ def test_experts_cost_their_tokens_products_and_exchanges():
     assert capacity.parts["expert"] < routed.parts["expert"]  # dropless has room for the worst case
 
 
+def test_more_experts_than_tokens():
+    case = plan_case(model={**EXPERTS, "num_experts": 4096}, train={"seq_len": 128, "global_batch_size": 1})
+    assert 0 < estimate_time(case).seconds < math.inf
+
+
 def test_zero_shares_the_optimizers_step():
     whole, shared = (estimate_time(plan_case({"data": 8}, rules={"zero": zero})) for zero in (0, 2))
     assert shared.parts["optimizer"] == pytest.approx(whole.parts["optimizer"] / 8)
