@@ -146,15 +146,20 @@ def _zero_bytes(step: Dissection) -> Iterator[Finding]:
     compute = {"float32": 4, "bfloat16": 2}
     wide, wire = compute[case.run.precision.compute], compute[case.run.precision.gradients]
     expected = 0
+    exchanged = [c for c in step.collectives if c.kind != "all-to-all"]  # by which tokens come to their experts
     for _, shape, placement in case.placed:
-        whole = case.local_size(shape, placement.compute) // math.prod(case.sizes[a] for a in placement.layer_axes)
+        layer_axes = [axis for axis in placement.layer_axes if case.sizes[axis] > 1]
+        whole = case.local_size(shape, placement.compute) // math.prod(case.sizes[axis] for axis in layer_axes)
         expected += whole * wire
+        if layer_axes and not any(c.looped and set(layer_axes) & set(c.axes) for c in exchanged):
+            # Few layers are no loop: each weight is gathered forward and backward, and its gradient scattered.
+            expected += case.local_size(shape, placement.compute) * (2 * wide + wire)
         if placement.step_axes:
             expected += whole * (4 if placement.in_float32 else wide)
         elif placement.optimizer != placement.storage:
             expected += whole * 4
     measured = sum(
-        c.size_bytes * c.executions for c in step.collectives if not c.looped and set(c.axes) & set(_ONCE)
+        c.size_bytes * c.executions for c in exchanged if not c.looped and set(c.axes) & set(_ONCE)
     )  # fmt: skip
     if measured > MORE_BYTES * expected + LARGE_BYTES:
         text = (

@@ -57,6 +57,17 @@ def test_more_bytes_among_replicas_than_weights_and_gradients():
     assert rules(make_step(case, **{**large, "shape": "f32[1024]"})) == []
 
 
+def test_what_layers_without_a_loop_exchange_is_theirs():
+    large = {"outside": "all-gather", "shape": "f32[64,1024,1024]", "groups": "{{0,1,2,3}}"}
+    routed = make_case({"num_experts": 4, "experts_per_token": 1}, mesh={"expert": 4})
+    assert rules(make_step(routed, **{**large, "outside": "all-to-all"})).count("exchange among replicas") == 0
+    assert rules(make_step(routed, **large)).count("exchange among replicas") == 1
+    shards = make_case({"d_model": 1024, "num_layers": 2}, mesh={"fsdp": 4})
+    own = {**large, "shape": "f32[32,1024,1024]"}  # 24 Mi weights, in 16 bits twice or in 32 bits
+    assert rules(make_step(shards, **own)).count("exchange among replicas") == 0
+    assert rules(make_step(shards, **own, inside="all-gather")).count("exchange among replicas") == 1
+
+
 def test_arguments_are_the_shards_to_the_byte():
     step = make_step(make_case(mesh=DATA4))
     wrong = dataclasses.replace(step.compiled, argument_bytes=step.compiled.argument_bytes + 4)
