@@ -287,12 +287,12 @@ def count_turns(case: Case) -> Callable[[Instruction], int]:
     """How often loops turn that learn it at run time, to be asked of each in the order of the program: those over the
     microbatches of a batch that ramps up, at its full size, and those over the blocks of rows that experts have
     received, as if all received equally many."""
-    ticks = _ticks(case)
+    ticks, ramps, routed = _ticks(case), case.run.train.batch_ramp is not None, case.run.model.num_experts > 0
     # The ticks that only warm up are the same for every batch, and known.
     outer = iter([case.num_microbatches] if ticks is None else [ticks["steady"], ticks["cool"]])
 
     def turns(loop: Instruction) -> int:
-        if "while/body" not in operation(loop):
+        if not routed or (ramps and "while/body" not in operation(loop)):
             return next(outer, case.num_microbatches)
         # Room is for the case that all devices send all they have here: [blocks, rows, width].
         blocks = next((shape.dims[0] for shape in loop.shapes if len(shape.dims) == 3), 1)

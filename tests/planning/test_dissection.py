@@ -14,7 +14,7 @@ from mtx.data.ramp import BatchSizes
 from mtx.planning.case import Case, Cluster
 from mtx.planning.dissection import count_turns
 from mtx.planning.hardware import GPUS
-from mtx.planning.hlo import read_program
+from mtx.planning.hlo import Shape, read_program
 from mtx.planning.hlo_products import AttentionCall, read_attention
 from mtx.training.inputs import describe_train_batch, make_train_batch
 from mtx.training.state import Setup
@@ -52,6 +52,15 @@ def test_loops_over_microbatches_turn_as_often_as_the_full_batch_needs(mesh, exp
     (loop,) = [line for _, line in program.find("while")]
     turns = count_turns(case)
     assert [turns(loop) for _ in expected] == expected
+
+
+def test_loops_over_experts_rows_are_told_from_those_over_microbatches():
+    """Where layers are no loop, the experts' is in none either."""
+    case = make_case({"num_experts": 4, "experts_per_token": 1}, mesh={"expert": 2})
+    program = read_program(make_step(case).compiled.program)
+    (loop,) = [line for _, line in program.find("while")]
+    apart = dataclasses.replace(loop, shapes=(Shape("bf16", (18, 8, 64)),))
+    assert count_turns(case)(apart) == 2 + (18 - 2) // 2
 
 
 def test_the_source_of_a_buffer_is_that_of_its_largest_value():
