@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +91,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """The answer of a command under --json. NaN and infinities, which JSON lacks, are refused."""
-    json.dump(document, sys.stdout, allow_nan=False)
-    print()
+    """The answer of a command under --json, whole. NaN and infinities, which JSON lacks, are refused."""
+    print(json.dumps(document, allow_nan=False))
 
 
 def positive_int(text: str) -> int:

@@ -353,7 +353,7 @@ class Cluster:
         None, low=1, drift=FREE, doc="GPUs that reach each other through NVLink; None: as in the GPU's usual system"
     )
     nic_gbps: float | None = setting(
-        None, low=0.0, drift=FREE, doc="network, gigabits per second, GPU and direction; None: as in the usual system"
+        None, low=0.001, drift=FREE, doc="network, gigabits per second, GPU and direction; None: as in the usual system"
     )
     gpu_hour_price: float | None = setting(
         None,

@@ -105,8 +105,9 @@ def probe(environment: Mapping[str, str], *, simulated: bool) -> Machine:
         answer, log = Path(folder) / "probe.json", Path(folder) / "probe.log"
         with log.open("wb") as output:
             try:
+                words = [sys.executable, "-m", "mtx.evaluation.study_probe", str(answer)]
                 code = subprocess.run(
-                    [sys.executable, "-m", "mtx.evaluation.study_probe", str(answer)],
+                    [sys.executable, "-m", "mtx.evaluation.bound", str(os.getpid()), *words],
                     env=alone, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False,
                 ).returncode  # fmt: skip
             except subprocess.TimeoutExpired:

@@ -170,6 +170,7 @@ def test_published_runs_are_predicted(capsys, tmp_path):
         (("--gpu", "H100", "--gpus", "8", "--compute-optimal"), "give --days"),
         (("--tokens", "many"), "expected a number above 0"),
         (("--price", "0"), "expected a number above 0"),
+        (("--set", "Cluster.nic_gbps = 0"), "Cluster.nic_gbps must be a number >= 0.001"),
         (("--runs", "none.csv"), "none.csv: No such file"),
         (("--runs", "runs.csv", "--html", "plan.html"), "--runs makes nothing of --html"),
         (("--compute-optimal", "--days", "3", "--search"), "--compute-optimal makes nothing of --search"),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from programs import ROOT, environment
@@ -104,3 +105,31 @@ def test_machine_is_measured():
 def test_machine_that_does_not_answer():
     with pytest.raises(UserError, match="could not be measured"):
         probe(environment(1, JAX_PLATFORMS="nonsense"), simulated=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_probe_ends_with_the_process_that_asked():
+    program = "import os; from mtx.evaluation.study_probe import probe; probe(dict(os.environ), simulated=True)"
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment(1))
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    wait_until(lambda: any(b"mtx.evaluation.bound" in words_of(child) for child in children.read_text().split()))
+    probes = children.read_text().split()
+    wait_until(lambda: not any(b"mtx.evaluation.bound" in words_of(child) for child in probes))
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(words_of(child) for child in probes))
+
+
+def words_of(pid):
+    """The command line of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
