@@ -243,6 +243,11 @@ class _Machines:
         measured = None if calibration is None else calibration.gpu
         if measured is not None and name in (None, measured.name):
             self.gpu = measured
+        elif measured is not None:
+            raise UserError(
+                f"--calibration {args.calibration} is of {measured.name}, and says nothing about {name}: leave out one "
+                "of them (--gpu, Cluster.gpu)"
+            )
         elif name is None:
             raise UserError(f"which GPU? Give --gpu NAME, or Cluster.gpu = 'NAME'; there are {', '.join(GPUS)}")
         elif name not in GPUS:
@@ -315,11 +320,22 @@ def _finish(
 
 def _refuse_idle_options(args: argparse.Namespace) -> None:
     """Raises UserError where an option is given that the question would not look at."""
-    machines = ("gpu", "gpus", "price", "tokens", "search", "days", "budget", "compute_optimal", "html")
+    machines: tuple[str, ...] = (
+        "gpu",
+        "gpus",
+        "price",
+        "tokens",
+        "search",
+        "days",
+        "budget",
+        "compute_optimal",
+        "html",
+    )
+    idle = machines
     if args.list_gpus:
         question, idle = "--list-gpus", (*machines, "calibration", "runs")
     elif args.runs is not None:
-        question, idle = "--runs", machines
+        question = "--runs"
     elif args.compute_optimal:
         question, idle = "--compute-optimal", ("tokens", "search", "budget")
     else:

@@ -13,6 +13,7 @@ import pytest
 from mtx.cli import main
 from mtx.planning.calibration import Calibration, write_calibration
 from mtx.planning.constants import load_constants
+from mtx.planning.hardware import GPUS
 from mtx.planning.published import COLUMNS
 
 FLAGSHIP = "configs/runs/mt_nlg_530b.gin"
@@ -226,3 +227,12 @@ def test_a_calibration_changes_the_constants_and_what_is_said(capsys, config, tm
     assert (base["calibrated"], mine["calibrated"]) == (False, True)
     assert mine["expected_error"] is None
     assert "your own machine" in mine["trust"]
+
+
+def test_a_calibration_of_other_devices_is_refused(capsys, config, tmp_path):
+    path = tmp_path / "mine.json"
+    own = dataclasses.replace(GPUS["H200"], name="my cluster")
+    write_calibration(path, Calibration(gpu=own, constants=load_constants()))
+    message = complain(capsys, config, "--calibration", str(path))
+    assert "is of my cluster, and says nothing about H100" in message
+    assert ask(capsys, config, "--calibration", str(path), "--gpu", "my cluster")["gpu"] == "my cluster"
