@@ -230,6 +230,18 @@ class Layer:
             rows += self.expert_matrices * FLOAT32
         return gradients + rows + self.gathered + 4 * self.stream + self.attention_work
 
+    @cached_property
+    def factors(self) -> int:
+        """Bytes of the factors of products that give gradients of weights: of each the input, and the gradient of the
+        output. Those in the hidden layer give way to the gradients, in float32, where these are smaller."""
+        model, products = self.case.run.model, 3 if self.case.run.model.gated else 2
+        rows = self.expert_rows * model.d_model * self.width if self.routed else self.gathered
+        matrices = self.expert_matrices if self.routed else products * model.d_model * self.hidden // self.width
+        if not self.routed:
+            matrices //= self.tokens
+        hidden = min(products * self.activated, matrices * FLOAT32)
+        return 2 * (self.gathered + self.queries + self.keys + rows) + hidden
+
 
 def choose_attention(case: Case) -> str:
     """The kernel that the step takes on the cluster's GPUs."""

@@ -90,6 +90,25 @@ def estimate_memory(case: Case) -> Memory:
 
 
 @dataclass(frozen=True)
+class _Head:
+    """Attributes: all in bytes, but for the counts.
+
+    chunks: How many there are of the tokens of a microbatch.
+    scores, gradients: Logits of a chunk in float32, and their gradients.
+    table: Numbers in the matrix on a device.
+    padded: The matrix filled up for cuBLAS.
+    seen: Its input.
+    """
+
+    chunks: int
+    scores: int
+    gradients: int
+    table: int
+    padded: int
+    seen: int
+
+
+@dataclass(frozen=True)
 class _Step:
     case: Case
 
@@ -145,28 +164,88 @@ class _Step:
         return parts
 
     def _fill_peak(self, parts: dict[str, int]) -> None:
-        """What is there at the peak, which is in the head or at the beginning of the backward pass of the layers."""
-        case = self.case
-        kept = self._kept
-        head, table = self._head
-        workspace = self._library_work
-        backward = max((layer.backward_work for layer in self.layers.values()), default=0) + self._one_layer
-        if case.stages is not None:
-            a_chunk = self._ring_slot
-            parts["pipeline"] = (2 * case.stages.num_stages * case.stages.virtual_stages - 1) * a_chunk
-            parts["pipeline"] += 4 * next(iter(self.layers.values())).stream  # what is passed on, both ways
-            parts["pipeline"] += self._chunk_weights
-            kept = self._recomputed_in_stage
-            if a_chunk > kept and a_chunk + head > kept + backward + table:
-                kept = a_chunk  # of the forward unit, before it goes into the ring
-        work, logits = (backward, table) if backward + table >= head else (0, head)
-        if not self.accumulates and not self.scans_layers:  # gradients come to be as what layers keep goes
-            if kept + work + logits > parts["gradients"] + backward:
-                parts["gradients"] = 0
+        """What is there at the peak. The largest of the phases counts, not their sum."""
+        phases = self._phases_in_turn(parts) if self.case.stages is None else self._phases_in_pipeline()
+        parts |= max(phases, key=lambda changed: sum({**parts, **changed}.values()))
+        parts["activations"] += self._library_work
+
+    def _phases_in_pipeline(self) -> list[dict[str, int]]:
+        """What each phase changes of the parts: the head, and the beginning of the backward pass of a chunk."""
+        stages, layer, head = self.case.stages, next(iter(self.layers.values())), self._head
+        assert stages is not None
+        pipeline = (2 * stages.num_stages * stages.virtual_stages - 1) * self._ring_slot
+        pipeline += 4 * layer.stream + self._chunk_weights  # what is passed on, both ways
+        backward = max(layer.backward_work for layer in self.layers.values())
+        copied = head.table * self.width if self.case.run.pipeline.head == "sharded" else 0
+        product = head.table * FLOAT32
+        if head.chunks > 1:  # the sum over chunks, and what goes into that over microbatches
+            peak = head.gradients + max(head.scores, product) + head.padded + product
+        else:
+            peak = head.gradients + max(head.scores + head.padded, product)
+        kept = self._recomputed_in_stage
+        # The forward unit has all that a chunk keeps before it goes into the ring.
+        at_head = {"activations": max(kept, self._ring_slot), "logits": peak + 2 * head.seen + copied}
+        at_start = {"activations": kept + backward, "logits": head.table * self.width + layer.stream + copied}
+        return [{"pipeline": pipeline, **phase} for phase in (at_head, at_start)]
+
+    def _phases_in_turn(self, parts: Mapping[str, int]) -> list[dict[str, int]]:
+        """The same without a pipeline: the head, the layers' backward pass at its beginning and end, and what follows.
+
+        XLA puts off products that give gradients of weights, and keeps their factors: the head's until the layers are
+        done, unless a loop over chunks has added it up; and with one microbatch those of layers in line, unless the
+        barrier before the gathers of ZeRO-3 orders them.
+        """
+        head, kept, one_layer = self._head, self._kept, self._one_layer
+        stream = next(iter(self.layers.values())).stream
+        factors = head.gradients + head.seen
+        product = head.table * FLOAT32
+        stays = stream + (product if head.chunks > 1 else factors)
+        copied = head.table * self.width if self._table_is_gathered and not head.padded else 0
+        peak = head.scores + head.gradients + head.padded + 2 * head.seen + copied + product * (head.chunks > 1)
+        work = max(layer.backward_work + self._one_mlp for layer in self.layers.values())
+        work = max(work, one_layer)
+        at_head = {"activations": kept, "logits": peak}
+        at_first = {"activations": kept + self._recomputed + work, "logits": stays}
+        at_last = {"activations": self._recomputed + work, "logits": stays}
+        zeros = 0 if self.case.run.model.tie_embeddings else head.table * self.width  # of the lookup's gradient
+        at_end = {"activations": 0, "logits": product + head.table * self.width + zeros}
+        if not self.scans_layers:
+            gathered = self.case.sizes["fsdp"] > 1
+            if self.accumulates:
+                for phase in (at_last, at_end):
+                    phase["gradients"] = parts["gradients"] + self._split_gradients
+            elif gathered:
+                at_first["gradients"] = 0
             else:
-                kept, work, logits = 0, backward, 0
-        parts["activations"], parts["logits"] = kept + work, logits
-        parts["activations"] += workspace
+                at_first["gradients"] = at_last["gradients"] = 0
+                at_last["activations"] += sum(self.layers[stack].factors for stack in self.case.slots)
+        if not self.accumulates:  # each weight is used once, and its copy is gone then
+            at_head["gradients"] = 0
+            at_head["compute_weights"] = parts["compute_weights"] - self._copy_of_embedding
+            at_first["compute_weights"] = at_head["compute_weights"]
+            at_last["compute_weights"] = at_end["compute_weights"] = 0
+        return [at_head, at_first, at_last, at_end]
+
+    @cached_property
+    def _split_gradients(self) -> int:
+        """Of a microbatch, where ZeRO-3 splits them: they are added to the sums when all layers are done."""
+        return sum(
+            self.case.local_size(shape, placement.storage) * math.prod(self.case.sizes[a] for a in placement.step_axes)
+            for _, shape, placement in self.case.placed
+            if placement.layer_axes
+        ) * self.width  # fmt: skip
+
+    @cached_property
+    def _copy_of_embedding(self) -> int:
+        """Bytes of the embedding in the format of computation, where the head does not use it, too."""
+        ends, total = self.case.declared.definition.ends, 0
+        for parameter, shape, placement in self.case.placed:
+            if parameter.path[0] in ends.embed and parameter.path[0] not in ends.head and not placement.in_float32:
+                used = self.case.local_size(shape, placement.storage)
+                used *= math.prod(self.case.sizes[a] for a in placement.step_axes)
+                if self.width != WIDTHS[self.case.run.precision.params] or placement.step_axes:
+                    total += used * self.width
+        return total
 
     @cached_property
     def _library_work(self) -> int:
@@ -186,26 +265,36 @@ class _Step:
                 total += layer.keep_all(explicit=explicit)
             else:
                 total += layer.keep(frozenset({"layer_in", *(SELECTIVE if recompute == "selective" else ())}))
-        if recompute != "none":
-            total += max(
-                self.layers[stack].recompute(frozenset(SELECTIVE) if recompute == "selective" else frozenset())
-                for stack in self.case.slots
-            )
         return total
 
     @cached_property
+    def _recomputed(self) -> int:
+        """Without a pipeline: what is computed again of a layer before it runs backward."""
+        recompute = self.case.run.train.recompute
+        if recompute == "none":
+            return 0
+        names = frozenset(SELECTIVE if recompute == "selective" else ())
+        return max(layer.recompute(names) for layer in self.layers.values())
+
+    @cached_property
     def _one_layer(self) -> int:
-        """Weights of the largest layer gathered for ZeRO-3, and their gradients; gradients alone without it."""
-        most = 0
-        for stack in self.layers:
-            gathered = 0
-            for parameter, shape, placement in self.case.placed:
-                if parameter.path[0] == stack and placement.is_matrix:
-                    size = self.case.local_size(shape, placement.compute) * self.width
-                    rows = shape[0] // self.case.shards("layers")
-                    gathered += size // rows if placement.layer_axes else 0
-            most = max(most, gathered)
-        return most
+        """Weights of the largest layer gathered for ZeRO-3, or their gradients before they are split."""
+        return max(map(sum, self._gathered.values()))
+
+    @cached_property
+    def _one_mlp(self) -> int:
+        """The same of its feed-forward, which is there with the hidden layer."""
+        return max(sum(sorted(sizes)[-(3 if self.case.run.model.gated else 2) :]) for sizes in self._gathered.values())
+
+    @cached_property
+    def _gathered(self) -> dict[str, list[int]]:
+        """By stack: the bytes of each matrix of one layer that ZeRO-3 gathers."""
+        found: dict[str, list[int]] = {stack: [0] for stack in self.layers}
+        for parameter, shape, placement in self.case.placed:
+            if parameter.path[0] in found and placement.is_matrix and placement.layer_axes:
+                size = self.case.local_size(shape, placement.compute) * self.width
+                found[parameter.path[0]].append(size // (shape[0] // self.case.shards("layers")))
+        return found
 
     @cached_property
     def _chunk_weights(self) -> int:
@@ -245,8 +334,8 @@ class _Step:
         return total
 
     @cached_property
-    def _head(self) -> tuple[int, int]:
-        """Bytes at the peak of the head, and those that stay of it until the layers are done."""
+    def _head(self) -> _Head:
+        """A chunk of the loss."""
         case, run = self.case, self.case.run
         rows = run.model.vocab_size // case.shards("vocab")
         if case.stages is not None and run.pipeline.head == "sharded":
@@ -258,15 +347,14 @@ class _Step:
         chunks = -(-tokens // chunk)
         chunk = -(-tokens // chunks)
         table = rows * run.model.d_model
-        scores, gradients = chunk * rows * FLOAT32, chunk * rows * self.width
-        padded = table * self.width if rows % 8 else 0  # filled up for cuBLAS
-        if chunks > 1:  # the gradient of the table is added up
-            peak = gradients + max(scores, table * FLOAT32) + padded + table * FLOAT32
-        else:
-            peak = gradients + max(scores + padded, table * FLOAT32)
-        is_cut = case.stages is not None and run.pipeline.head == "sharded"
-        copied = table * self.width if is_cut or self._table_is_gathered else 0
-        return peak + 2 * seen + copied, table * self.width + layer.stream + (copied if is_cut else 0)
+        return _Head(
+            chunks=chunks,
+            scores=chunk * rows * FLOAT32,
+            gradients=chunk * rows * self.width,
+            table=table,
+            padded=table * self.width if rows % 8 else 0,
+            seen=seen,
+        )
 
     @property
     def _table_is_gathered(self) -> bool:

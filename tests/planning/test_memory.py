@@ -110,7 +110,7 @@ def test_activations_grow_with_the_microbatch_and_not_with_their_number(recomput
     for mesh in ({"data": 2}, {"pipe": 4}):
         one, two, twice = activations(1, 64, mesh), activations(2, 64, mesh), activations(1, 128, mesh)
         assert one == twice
-        assert 1.7 * one < two <= 2 * one
+        assert 0 <= 2 * one - two <= 32 * 2**20  # the libraries' workspace is the same
 
 
 def test_tensor_shards_divide_activations():
