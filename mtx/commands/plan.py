@@ -356,16 +356,17 @@ def _refuse_to_overwrite(path: Path) -> None:
 
 
 def _positive(text: str) -> float:
-    """An argument type: a number above 0."""
+    """An argument type: a number above 0, and below what nobody pays or trains."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    if not 0 < value < _MOST:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below {_MOST:.0e}, not {text!r}")
     return value
 
 
+_MOST = 1e24  # tokens, money, days: products of two stay finite
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 

@@ -81,8 +81,8 @@ def _fits(step: Dissection) -> Iterator[Finding]:
     outside = parts["communication"] + parts["overhead"]
     text = (
         f"does not fit a {step.case.cluster.gpu.name}: the program takes {gib(step.compiled.peak_bytes)} at its peak "
-        f"and communication and overhead about {gib(outside)}, which is {gib(-step.free_bytes)} more than the card has "
-        f"({gib(step.target.memory_bytes)}); by the plan {largest.replace('_', ' ')} are the largest part, "
+        f"and communication and overhead about {gib(outside)}, {gib(-step.free_bytes)} more than is safe to use "
+        f"({gib(step.usable_bytes)}); by the plan {largest.replace('_', ' ')} are the largest part, "
         f"{gib(parts[largest])}"
     )
     yield Finding("error", "memory", text, CURES[largest])

@@ -25,6 +25,7 @@ from mtx.planning.hlo_buffers import Buffer, Sources, operation, read_buffers
 from mtx.planning.hlo_collectives import Collective, read_collectives
 from mtx.planning.hlo_products import AttentionCall, Product, read_attention, read_products
 from mtx.planning.memory import Memory, estimate_memory
+from mtx.planning.plan import usable_bytes
 from mtx.planning.rehearsal import Compiled
 from mtx.planning.target import Target, find_target
 from mtx.sharding import ZERO_AXES, mesh_axes
@@ -165,11 +166,15 @@ class Dissection:
         return estimate_memory(self.case)
 
     @property
+    def usable_bytes(self) -> int:
+        """Of the card, as plans reckon it."""
+        return usable_bytes(self.case.cluster.gpu)
+
+    @property
     def free_bytes(self) -> int:
-        """Of the card, beside the program and what the plan reckons for communication and overhead; negative: too
-        much."""
+        """Of that, beside the program and what the plan reckons for communication and overhead; negative: too much."""
         outside = self.memory.parts["communication"] + self.memory.parts["overhead"]
-        return self.target.memory_bytes - outside - self.compiled.peak_bytes
+        return self.usable_bytes - outside - self.compiled.peak_bytes
 
     @property
     def batch_bytes(self) -> int:
@@ -238,6 +243,7 @@ class Dissection:
             "generated_code_bytes": compiled.code_bytes,
             "peak_bytes": compiled.peak_bytes,
             "gpu_memory_bytes": self.target.memory_bytes,
+            "usable_memory_bytes": self.usable_bytes,
             "free_bytes": self.free_bytes,
             "fits": self.free_bytes >= 0,
             "lower_seconds": compiled.lower_seconds,

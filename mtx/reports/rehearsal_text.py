@@ -54,8 +54,8 @@ def _print_memory(step: Dissection) -> None:
         *([f"  {name.replace('_', ' ')}", "", gib(memory.parts[name])] for name in memory.parts if name not in _OTHER),
         ["peak of the program", gib(compiled.peak_bytes), gib(memory.compiled)],
         ["communication and overhead", "", gib(memory.parts["communication"] + memory.parts["overhead"])],
-        ["left on the card" if step.free_bytes >= 0 else "MISSING on the card", gib(abs(step.free_bytes)), ""],
-        ["the card", gib(step.target.memory_bytes), ""],
+        ["safe to use of the card", gib(step.usable_bytes), ""],
+        ["left of it" if step.free_bytes >= 0 else "MISSING", gib(abs(step.free_bytes)), ""],
     ]
     _print_table("memory of a GPU", ["", "compiler", "plan"], rows)
 
