@@ -5,7 +5,7 @@ runs; what the layers compute is read from the parameters that they declare.
 
 Invariant: the parts sum to the seconds.
 
-Source: arXiv 2104.04473 and 2205.05198; docs/foresight.md has the formulas and the errors.
+Source: arXiv 2104.04473 and 2205.05198; docs/planner.md has the formulas and the errors.
 """
 
 from __future__ import annotations
