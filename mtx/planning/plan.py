@@ -48,10 +48,9 @@ DAY_S, HOUR_S = 86400.0, 3600.0
 
 
 @functools.cache
-def _fitted_error() -> dict[str, Any]:
-    errors = json.loads(SHIPPED.read_text())["errors"]
-    held_out = "bf16" in errors["held_out"]
-    return {**errors["held_out" if held_out else "in_sample"]["bf16"], "held_out": held_out}
+def _held_out_errors() -> dict[str, dict[str, Any]]:
+    """By what was kept from the fit (`benchmarks/fit_planner.py`)."""
+    return dict(json.loads(SHIPPED.read_text())["errors"]["held_out"])
 
 
 def usable_bytes(gpu: Gpu, software: str = "mtx") -> int:
@@ -178,28 +177,28 @@ class Plan:
 
     @property
     def expected_error(self) -> dict[str, Any] | None:
-        """Of the step's time, as the fit of the shipped constants left it on dense published runs in 16 bits.
+        """Of the step's time, on published runs in 16 bits that were kept from the fit of the shipped constants.
 
-        Keys rows, median, percentile_90 (relative), held_out (whether the rows were kept from the fit). None: the
-        constants are others.
+        For `mtx`, of which none was published, runs of software that the fit had not seen; else models that it had not.
+        Keys rows, median, percentile_90 (relative). None: the constants are others.
         """
-        return None if self.calibrated else _fitted_error()
+        return None if self.calibrated else _held_out_errors()["population" if self.case.software == "mtx" else "model"]
 
     @property
     def trust(self) -> str:
         """What is known about how right the times are."""
-        if self.expected_error is None:
-            return "The constants of the time model were fitted on measurements of your own machine."
         error = self.expected_error
-        rows = f"{error['rows']} dense ones in bfloat16{', kept from the fit,' if error['held_out'] else ''}"
+        if error is None:
+            return "The constants of the time model were fitted on measurements of your own machine."
+        ours = self.case.software == "mtx"
+        unseen = f"{error['rows']} runs of {'software' if ours else 'models'} that the fit had not seen"
         said = (
-            "The constants of the time model were fitted on published runs of other software; on "
-            f"{rows} the error has the median {error['median']:.1%} and the 90th percentile "
-            f"{error['percentile_90']:.1%}."
+            f"The constants of the time model were fitted on published runs of other software; on {unseen} the error "
+            f"has the median {error['median']:.1%} and the 90th percentile {error['percentile_90']:.1%}."
         )
-        if self.case.software != "mtx":
-            return said
-        return f"{said} mtx itself has not been timed on GPUs: `mtx study --calibrate` measures yours."
+        return (
+            f"{said} mtx itself has not been timed on GPUs: `mtx study --calibrate` measures yours." if ours else said
+        )
 
     def tokens_within(self, days: float) -> int:
         """Tokens that are trained on after so many days."""
