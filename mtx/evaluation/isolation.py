@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from mtx.config import reader, render, schema
 from mtx.errors import UserError
 from mtx.evaluation.agreement import Outcome
 from mtx.evaluation.certify import Plan, Result, compare_layout, compute_reference
+from mtx.health.parent import end_with_parent
 from mtx.mesh import start_process
 
 REQUEST, REFERENCE, RESULT, OUTPUT = "request.json", "reference.npz", "result.json", "output.txt"
@@ -176,16 +175,9 @@ def _load(path: Path) -> dict[int, Outcome]:
     return outcomes
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is no more, which closes the pipe."""
-    while os.read(0, 1):  # sys.stdin has a lock, which the interpreter would not get at its end
-        pass
-    os._exit(1)
-
-
 def main(folder: Path) -> None:
     """What a process does."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     request = json.loads((folder / REQUEST).read_text())
     run = reader.load_text(request["config"], "the reduced config").run
     start_process()

@@ -14,10 +14,8 @@ imported.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from jax.experimental import topologies
 
 from mtx.config import reader
 from mtx.errors import UserError
+from mtx.health.parent import end_with_parent
 from mtx.mesh import make_mesh
 from mtx.training.inputs import describe_train_batch
 from mtx.training.state import Setup
@@ -102,16 +101,9 @@ def compile_step(config: str, *, hosts: int, gpus_per_host: int, target: str, du
     }
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is no more, which closes the pipe."""
-    while os.read(0, 1):  # sys.stdin has a lock, which the interpreter would not get at its end
-        pass
-    os._exit(1)
-
-
 def main(folder: Path) -> None:
     """What the process does."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     request = json.loads((folder / REQUEST).read_text())
     try:
         result = compile_step(**request, target=(folder / TARGET).read_text(), dump=folder / DUMP)
