@@ -206,7 +206,7 @@ class _Step:
         work = max(work, one_layer)
         at_head = {"activations": kept, "logits": peak}
         at_first = {"activations": kept + self._recomputed + work, "logits": stays}
-        at_last = {"activations": self._recomputed + work, "logits": stays}
+        at_last = {"activations": kept // len(self.case.slots) + self._recomputed + work, "logits": stays}
         zeros = 0 if self.case.run.model.tie_embeddings else head.table * self.width  # of the lookup's gradient
         at_end = {"activations": 0, "logits": product + head.table * self.width + zeros}
         if not self.scans_layers:
