@@ -34,4 +34,6 @@ def test_the_counts_are_those_of_the_derivative(activation):
     )
     found = jax.tree.leaves(jax.eval_shape(kept, weights, jax.ShapeDtypeStruct((1, TOKENS, 80), jnp.bfloat16)))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in found if leaf.shape == (1, TOKENS, WIDE))
-    assert size == KEPT_OF_HIDDEN[activation] * TOKENS * WIDE * 2
+    newer = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
+    saved = 1 if newer and activation in ("gelu_tanh", "geglu") else 0  # of the polynomial under tanh
+    assert size == (KEPT_OF_HIDDEN[activation] - saved) * TOKENS * WIDE * 2
