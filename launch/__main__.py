@@ -1,4 +1,5 @@
 """`python -m launch TARGET [options] -- COMMAND`: finds the target, a file of `launch/targets`, and hands it the job.
+`python -m launch ACTION`: does something with a job that was started (`launch.control`).
 
 Invariant: a user's mistake ends in a short message and exit code 2, without a traceback.
 """
@@ -8,11 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import shlex
 import sys
 from collections.abc import Sequence
 
-from launch import targets
-from launch.job import Job, LaunchError
+from launch import arguments, control, environment, registry, stream, targets
+from launch.job import LaunchError, keep
+
+PROGRAM = "python -m launch"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,42 +33,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in words:
         options, command = words[: words.index("--")], words[words.index("--") + 1 :]
     try:
-        args = _parser().parse_args(options)
+        args, unknown = _parser().parse_known_args(options)
+        if unknown:
+            after = "; the command goes after `--`" if args.action is None and not command else ""
+            args.parser.error(f"unknown: {shlex.join(unknown)}{after}; see `{args.parser.prog} --help`")
+        if args.action is not None:
+            if command:
+                raise LaunchError(f"{args.action} takes no command")
+            return control.run(args.action, args, main)
         if not command:
-            raise LaunchError("no command: `python -m launch TARGET [options] -- mtx train RUN.gin --run-dir DIR`")
+            raise LaunchError(f"no command: `{args.parser.prog} [options] -- mtx train RUN.gin --run-dir DIR`")
         job = args.target.make_job(args, command)
         if args.dry_run:
-            print(args.target.render(job))
+            stream.write(sys.stdout, environment.with_notes(args.environment, args.target.render(job)) + "\n")
             return 0
-        return int(args.target.submit(job))
+        job = registry.with_free_name(job) if args.name is None else job
+        registry.refuse_taken(job.name)
+        untried = environment.check(args.environment)
+        if untried is not None:
+            stream.say(untried)
+        try:
+            if getattr(args.target, "RUN_DIR_IS_HERE", True):
+                keep(job, args.target.__name__.rpartition(".")[2], words)
+            return int(args.target.submit(job))
+        except OSError as error:
+            raise LaunchError(f"{error.filename or job.run_dir}: {error.strerror}; no attempt can be started") from None
+    except KeyboardInterrupt:
+        return 130
     except LaunchError as error:
         print(f"launch: {error}", file=sys.stderr)
         return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
-    usage = "python -m launch TARGET [options] -- mtx train RUN.gin --run-dir DIR ..."
-    parser = argparse.ArgumentParser(prog="python -m launch", usage=usage, allow_abbrev=False)
-    subparsers = parser.add_subparsers(title="targets", metavar="TARGET", required=True)
-    for info in pkgutil.iter_modules(targets.__path__):
-        module = importlib.import_module(f"{targets.__name__}.{info.name}")
-        target = subparsers.add_parser(info.name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+    usage = f"{PROGRAM} TARGET [options] -- mtx train RUN.gin --run-dir DIR ...\n       {PROGRAM} ACTION ..."
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=usage,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(metavar="TARGET | ACTION", required=True)
+    found = [info.name for info in pkgutil.iter_modules(targets.__path__)]
+    modules = {name: importlib.import_module(f"{targets.__name__}.{name}") for name in found}
+    for name, module in modules.items():
+        target = subparsers.add_parser(
+            name,
+            prog=f"{PROGRAM} {name}",
+            description=module.HELP,
+            allow_abbrev=False,
+            usage=f"{PROGRAM} {name} [options] -- COMMAND ...",
+        )
         module.add_arguments(target)
-        _add_common_arguments(target)
-        target.set_defaults(target=module)
+        arguments.add_common_arguments(target)
+        target.set_defaults(target=module, action=None, parser=target)
+    for name, text in control.ACTIONS.items():
+        action = subparsers.add_parser(name, prog=f"{PROGRAM} {name}", description=text, allow_abbrev=False)
+        control.add_arguments(name, action)
+        action.set_defaults(action=name, parser=action)
+    groups = (("targets", {name: module.HELP for name, module in modules.items()}), ("actions", control.ACTIONS))
+    parser.epilog = "\n\n".join(
+        f"{title}:\n" + "\n".join(f"  {name:<12}{text}" for name, text in group.items()) for title, group in groups
+    )
     return parser
-
-
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--run-dir", metavar="DIR", help="the run directory, where the command does not say it")
-    text = "failures in a row, without a newer checkpoint, after which to give up; default: %(default)s"
-    add("--max-restarts", type=int, default=Job.max_restarts, metavar="N", help=text)
-    text = "seconds before the first restart that waits, doubled with each failure; default: %(default)s"
-    add("--backoff-s", type=float, default=Job.backoff_s, metavar="S", help=text)
-    text = "seconds that processes have to end by themselves when one has failed, and again after SIGTERM, before "
-    add("--grace-s", type=float, default=Job.grace_s, metavar="S", help=text + "SIGKILL; default: %(default)s")
-    add("--dry-run", action="store_true", help="print what would be started, and start nothing")
 
 
 if __name__ == "__main__":

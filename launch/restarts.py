@@ -1,6 +1,7 @@
 """Whether a run is started again, from the exit codes of its processes and from its progress. Pure.
 
     0 done | 2 user's mistake | 3 diverged | 5 no checkpoint verifies      ends with that code
+    7 given up (said by host 0 where a scheduler does the restarts)      ends with that code
     4 preempted                                                          starts again at once
     6 hung or lost a process, or killed by a signal                      starts again at once, then with back-off
     1 bug, anything else                                                 starts again with back-off
@@ -10,17 +11,18 @@ Invariant: a run that makes no progress is given up after a bounded number of at
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DONE, PREEMPTED, STALLED = 0, 4, 6
-FINAL = (2, 3, 5)
+DONE, PREEMPTED, STALLED, GIVEN_UP = 0, 4, 6, 7
+FINAL = (2, 3, 5, GIVEN_UP)
 """Codes that a restart would only repeat."""
 
 LONGEST_BACKOFF_S = 600.0
 
-_MEANING = {
+MEANING = {
     0: "done",
     1: "a bug",
     2: "the user's mistake or bad input",
@@ -28,6 +30,7 @@ _MEANING = {
     4: "preempted, everything is saved",
     5: "no checkpoint verifies",
     6: "a process hung, was lost or computed wrongly",
+    7: "given up: no progress in many attempts",
 }
 
 
@@ -64,10 +67,13 @@ def decide(codes: Sequence[int], *, stopping: bool, failures: int, max_restarts:
         return Decision(False, as_exit(code), 0.0, why)
     wait_s = 0.0
     if code != PREEMPTED:
-        doublings = failures - (2 if code == STALLED or _is_signal(code) else 1)
-        if doublings >= 0:
-            wait_s = min(LONGEST_BACKOFF_S, backoff_s * 2.0**doublings)
+        wait_s = backoff(failures - (2 if code == STALLED or _is_signal(code) else 1), backoff_s)
     return Decision(True, as_exit(code), wait_s, what)
+
+
+def backoff(doublings: int, backoff_s: float) -> float:
+    """Seconds to wait; 0 for fewer than no doublings."""
+    return min(LONGEST_BACKOFF_S, backoff_s * 2.0 ** min(doublings, 64)) if doublings >= 0 else 0.0
 
 
 def telling(codes: Sequence[int]) -> int:
@@ -77,10 +83,10 @@ def telling(codes: Sequence[int]) -> int:
         if code in FINAL:
             return FINAL.index(code)
         if code == STALLED:
-            return 3
-        if _is_signal(code):
             return 4
-        return {PREEMPTED: 6, DONE: 7}.get(code, 5)
+        if _is_signal(code):
+            return 5
+        return {PREEMPTED: 7, DONE: 8}.get(code, 6)
 
     return min(codes, key=rank)
 
@@ -95,7 +101,7 @@ def describe(code: int) -> str:
         return f"killed by signal {-code}"
     if code > 128:
         return f"exit code {code} (signal {code - 128})"
-    return f"exit code {code}" + (f" ({_MEANING[code]})" if code in _MEANING else "")
+    return f"exit code {code}" + (f" ({MEANING[code]})" if code in MEANING else "")
 
 
 def as_exit(code: int) -> int:
@@ -107,3 +113,28 @@ def newest_step(run_dir: str) -> int | None:
     """The newest step that has a complete checkpoint; None: there is none."""
     manifests = (Path(run_dir) / "checkpoints").glob("*/manifest.json")
     return max((int(path.parent.name) for path in manifests if path.parent.name.isdecimal()), default=None)
+
+
+def failures_recorded(attempts: Path, newest: int | None) -> int:
+    """How many attempts in a row have made no progress, by the record of those so far.
+
+    An attempt whose end is not recorded, since its launcher was lost as well, counts. Lines that a crash has cut short
+    do not.
+
+    Args:
+        attempts: The record; need not exist.
+        newest: The newest step that has a checkpoint now.
+    """
+    failures, open_ended, recorded = 0, False, None
+    lines = attempts.read_text(encoding="utf-8", errors="replace").splitlines() if attempts.exists() else []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event["event"] == "started":
+            failures, open_ended = failures + open_ended, True
+        elif event["event"] == "ended":
+            failures, open_ended, recorded = event.get("failures", 0), False, event["newest_step"]
+    progress = newest is not None and (recorded is None or newest > recorded)
+    return 0 if progress else failures + open_ended

@@ -1,6 +1,8 @@
 """The test process, before anything imports JAX: CPU, eight simulated devices, no compilation cache of the user's."""
 
+import atexit
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The scheduler that is switched off starts independent collectives in different orders on different devices, which
@@ -11,3 +13,6 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["PJRT_NPROC"] = "18"  # threads: a device that waits in a collective keeps one
 os.environ["MTX_COMPILATION_CACHE"] = ""
+_STATE = tempfile.TemporaryDirectory()
+atexit.register(_STATE.cleanup)
+os.environ["XDG_STATE_HOME"] = _STATE.name  # where launchers note their jobs

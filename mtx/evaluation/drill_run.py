@@ -76,8 +76,9 @@ class Place:
         return [sys.executable, "-m", "mtx", "train", str(self.copy.config)]
 
     def variables(self, devices: int) -> dict[str, str]:
-        """The environment of a process; what one has compiled the others need not."""
-        return {**self.environment(devices), "MTX_COMPILATION_CACHE": str(self.folder / "xla")}
+        """The environment of a process; what one has compiled the others need not, and `launch status` is not told."""
+        caches = {"MTX_COMPILATION_CACHE": str(self.folder / "xla"), "XDG_STATE_HOME": str(self.folder / "state")}
+        return {**self.environment(devices), **caches}
 
 
 @dataclass

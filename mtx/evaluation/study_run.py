@@ -127,6 +127,7 @@ def measure(
     words = [sys.executable, "-m", "mtx", "train", str(folder / CONFIG), "--run-dir", str(folder / RUN), "--quiet"]
     if launcher:
         words = [sys.executable, "-m", "launch", *launcher, "--max-restarts", "0", "--", *words]
+        environment = {**environment, "XDG_STATE_HOME": str(folder / "state")}  # a point is no job of its own
     begin = time.monotonic()
     with (folder / LOG).open("wb") as output:
         process = subprocess.Popen(

@@ -37,7 +37,9 @@ _IN_LOOP = (
     "preempted",
     "finished",
 )
-_BEFORE_STEPS = ("start", "rollback", "accepted", "resumed", "compiled", "corruption", "stored", "save_failed")
+_BEFORE_STEPS = (
+    "start", "rollback", "accepted", "resumed", "compiled", "started", "corruption", "stored", "save_failed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from mtx.jsonl import LineWriter, read_records, say
 NAME = "journal.jsonl"
 
 Event = Literal[
-    "start", "resumed", "accepted", "compiled", "evaluated", "saved", "stored", "save_failed", "skipped", "spike",
-    "rollback", "straggler", "corruption", "hang", "preempted", "plan", "finished",
+    "start", "resumed", "accepted", "compiled", "started", "evaluated", "saved", "stored", "save_failed", "skipped",
+    "spike", "rollback", "straggler", "corruption", "hang", "preempted", "plan", "finished",
 ]  # fmt: skip
 
 

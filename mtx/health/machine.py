@@ -53,22 +53,22 @@ def _examine_packages() -> Iterator[Finding]:
         if match is None:
             continue  # belongs to an extra
         name, allowed = match.groups()
-        version, cure = _find_version(name), f"pip install '{match[0]}'"
+        version, cure = find_version(name), f"pip install '{match[0]}'"
         if version is None:
             yield Finding(name=name, value="missing", fault="not installed", cure=cure)
         elif not _is_within(version, allowed):
             yield Finding(name=name, value=version, fault=f"not within {allowed}", cure=cure)
         else:
             yield Finding(name=name, value=version)
-    jax, jaxlib = _find_version("jax"), _find_version("jaxlib")
+    jax, jaxlib = find_version("jax"), find_version("jaxlib")
     if jax != jaxlib:
         fault, cure = f"not the version of jax, {jax}", f"pip install jax=={jax} jaxlib=={jax}"
         yield Finding(name="jaxlib", value=jaxlib or "missing", fault=fault, cure=cure)
 
 
 def _examine_devices() -> Iterator[Finding]:
-    driver = _find_driver()
-    plugins = {name: version for name in _DRIVERS if (version := _find_version(name)) is not None}
+    driver = find_driver()
+    plugins = {name: version for name in _DRIVERS if (version := find_version(name)) is not None}
     if driver is not None:
         yield Finding(name="nvidia driver", value=driver)
     for name, version in plugins.items():
@@ -108,7 +108,7 @@ def _examine_host(folder: Path) -> Iterator[Finding]:
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     yield Finding(name="memory", value=f"{_gigabytes(total)}, {_gigabytes(free)} free")
     shared = Path("/dev/shm")
-    if _find_driver() is not None and shared.is_dir():
+    if find_driver() is not None and shared.is_dir():
         size = shutil.disk_usage(shared).total
         small = size < _MIN_SHARED_MEMORY_BYTES
         yield Finding(
@@ -133,7 +133,8 @@ def _examine_folder(name: str, folder: Path, cure: str) -> Finding:
     return Finding(name=name, value=value)
 
 
-def _find_version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
+    """Version of an installed package; None where it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -155,7 +156,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
-def _find_driver() -> str | None:
+def find_driver() -> str | None:
     """Version of the NVIDIA driver in the kernel; None where there is none."""
     path = Path("/proc/driver/nvidia/version")
     match = re.search(r"\s(\d{3,}\.\d[\d.]*)\s", path.read_text()) if path.exists() else None

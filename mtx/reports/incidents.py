@@ -119,6 +119,7 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
     "resumed": _resumed,
     "accepted": lambda event: f"at step {event['step']:,}{_list_changes(event)}",
     "compiled": _compiled,
+    "started": lambda event: f"step {event['step']:,} was read {format_duration(event['seconds'])} after the command",
     "evaluated": lambda event: f"after step {event['step']:,}, in {format_duration(event['seconds'])}",
     "saved": lambda event: f"step {event['step']:,}, the loop stood still for {format_duration(event['seconds'])}",
     "stored": lambda event: (

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pids import is_running
 from programs import ROOT, environment
 from tiny import GPT, make_run
 
@@ -76,14 +77,6 @@ def test_program_ends_with_the_one_that_started_it(tmp_path):
     while is_running(int(note.read_text())):
         assert time.monotonic() < deadline, "it goes on by itself"
         time.sleep(0.02)
-
-
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_program_without_its_parent_does_not_start(tmp_path):

@@ -9,8 +9,10 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from pids import is_running
 from programs import ROOT
 
+from launch import coordinates
 from launch.job import Job, LaunchError, find_run_dir
 from launch.targets import local
 
@@ -82,18 +84,9 @@ def records(folder, event):
 
 def assert_ended(pids):
     deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in pids):
+    while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def alive(pid):
-    """Whether a process runs or is stopped; a dead one that its parent has not asked about does not count."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(("script", "code", "times"), [
@@ -182,22 +175,30 @@ def test_jobs_are_kept(tmp_path):
 
 
 def test_environment_of_processes(tmp_path):
-    job = Job(command=("mtx", "train", "a b.gin"), run_dir="x", num_processes=2, devices_per_process=3)
+    job = Job(command=("mtx", "train", "a b.gin"), run_dir="x", processes_per_node=2, devices_per_process=3)
     assert local.render(job).splitlines()[1] == (
         "MTX_COORDINATOR=127.0.0.1:PORT MTX_NUM_PROCESSES=2 MTX_PROCESS_ID=1 mtx train 'a b.gin' --cpu-devices 3"
     )
-    assert local.coordinates(Job(command=("mtx",), run_dir="x"), 0, 1) == {}
+    assert coordinates.coordinates(Job(command=("mtx",), run_dir="x"), 0, "a:1") == {}
 
 
 def test_gpus_are_shared_out():
-    job = Job(command=("mtx",), run_dir="x", num_processes=2)
-    assert [local.visible_gpus(job, i, ["4", "5", "6", "7"])["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["4,5", "6,7"]
-    assert local.visible_gpus(Job(command=("mtx",), run_dir="x"), 0, ["0", "1"]) == {}
-    assert local.visible_gpus(Job(command=("mtx", "--cpu-devices", "1"), run_dir="x", num_processes=2), 0, ["0"]) == {}
+    job = Job(command=("mtx",), run_dir="x", processes_per_node=2)
+    assert [coordinates.visible_gpus(job, i, ["4", "5", "6", "7"])["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == [
+        "4,5",
+        "6,7",
+    ]
+    assert coordinates.visible_gpus(Job(command=("mtx",), run_dir="x"), 0, ["0", "1"]) == {}
+    assert (
+        coordinates.visible_gpus(
+            Job(command=("mtx", "--cpu-devices", "1"), run_dir="x", processes_per_node=2), 0, ["0"]
+        )
+        == {}
+    )
     with pytest.raises(LaunchError, match="cannot share 3 GPUs evenly"):
-        local.visible_gpus(job, 0, ["0", "1", "2"])
-    assert local.find_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}) == ["GPU-a", "GPU-b"]
-    assert local.find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+        coordinates.visible_gpus(job, 0, ["0", "1", "2"])
+    assert coordinates.find_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}) == ["GPU-a", "GPU-b"]
+    assert coordinates.find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
 
 
 @pytest.mark.parametrize(("command", "run_dir"), [
@@ -214,6 +215,8 @@ def test_run_dir_of_a_command(command, run_dir):
     (["local"], "no command"),
     (["local", "--", "sleep", "1"], "which run directory"),
     (["local", "--run-dir", "FOLDER/x", "--", "no-such-program"], "no-such-program: no such program"),
+    (["local", "--run-dir", "x", "--", "mtx", "train", "a.gin"], "--run-dir x: the command uses runs/a"),
+    (["local", "--array", "2", "--preflight", "--", "mtx", "data", "build", "--out", "x"], "--preflight is for runs"),
     (["local", "--processes", "0", "--", "mtx", "train", "a.gin"], "--processes 0: 1 or more"),
     (["local", "--devices-per-process", "2", "--", "mtx", "train", "a.gin", "--cpu-devices", "2"], "give one of them"),
     (["nowhere", "--", "mtx"], "invalid choice: 'nowhere'"),

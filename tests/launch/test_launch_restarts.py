@@ -1,5 +1,7 @@
 """From exit codes and progress to a decision."""
 
+import json
+
 import pytest
 
 from launch import restarts
@@ -65,3 +67,52 @@ def test_newest_step_is_of_complete_checkpoints(tmp_path):
         if name != "16":
             (tmp_path / "checkpoints" / name / "manifest.json").touch()
     assert restarts.newest_step(str(tmp_path)) == 12
+
+
+def record(folder, *events):
+    path = folder / "launch.jsonl"
+    path.write_text("".join(event if isinstance(event, str) else json.dumps(event) + "\n" for event in events))
+    return path
+
+
+BEGUN = {"event": "started"}
+
+
+def ended(failures, newest=None):
+    return {"event": "ended", "failures": failures, "newest_step": newest}
+
+
+@pytest.mark.parametrize(("events", "newest", "failures"), [
+    ([], None, 0),
+    ([BEGUN], None, 1),  # its launcher was lost as well
+    ([BEGUN, BEGUN, BEGUN], None, 3),
+    ([BEGUN, ended(1)], None, 1),
+    ([BEGUN, ended(1), BEGUN, ended(2), BEGUN], None, 3),
+    ([BEGUN, ended(4, 8), BEGUN], 8, 5),
+    ([BEGUN, ended(4, 8), BEGUN], 12, 0),  # it has saved since
+    ([BEGUN, ended(4)], 4, 0),
+    ([{"event": "preflight"}, BEGUN, ended(2), '{"event": "sta\n', "\n"], None, 2),
+])  # fmt: skip
+def test_failures_by_the_record(tmp_path, events, newest, failures):
+    assert restarts.failures_recorded(record(tmp_path, *events), newest) == failures
+
+
+def test_no_record_is_no_failure(tmp_path):
+    assert restarts.failures_recorded(tmp_path / "launch.jsonl", None) == 0
+
+
+def test_backoff_of_no_and_of_many_failures():
+    assert [restarts.backoff(n, 3.0) for n in (-5, -1, 0, 1, 2)] == [0, 0, 3, 6, 12]
+    assert restarts.backoff(10**9, 1e-9) <= restarts.LONGEST_BACKOFF_S
+
+
+@pytest.mark.parametrize(("code", "words"), [
+    (0, "exit code 0 (done)"), (-9, "killed by signal 9"), (137, "exit code 137 (signal 9)"), (17, "exit code 17"),
+])  # fmt: skip
+def test_codes_in_words(code, words):
+    assert restarts.describe(code) == words
+
+
+def test_given_up_is_final():
+    assert (decide(restarts.GIVEN_UP).restart, decide(restarts.GIVEN_UP).code) == (False, 7)
+    assert restarts.telling([1, -9, restarts.GIVEN_UP, 6]) == restarts.GIVEN_UP

@@ -30,6 +30,10 @@ EVENTS: list[tuple[dict[str, Any], str]] = [
         {"event": "compiled", "seconds": 41.0, "temp_bytes": 12_400_000_000},
         "the step in 41.0s, 12.4 GB of temporary memory",
     ),
+    (
+        {"event": "started", "step": 1, "seconds": 7.5, "parts": {"trace": 1.0}},
+        "step 1 was read 7.50s after the command",
+    ),
     ({"event": "evaluated", "step": 400, "seconds": 9.0}, "after step 400, in 9.00s"),
     ({"event": "saved", "step": 400, "seconds": 0.5}, "step 400, the loop stood still for 0.50s"),
     ({"event": "stored", "step": 400, "seconds": 20.0, "size_bytes": 1_500_000}, "step 400 after 20.0s, 1.5 MB"),
