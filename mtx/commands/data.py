@@ -16,7 +16,7 @@ from mtx.commands import options
 from mtx.errors import UserError
 
 if TYPE_CHECKING:
-    from mtx.data.build import Progress
+    from mtx.data.build import Built
     from mtx.data.store import Store
     from mtx.data.tokenizer import Tokenizer
 
@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-tokens", type=options.positive_int, metavar="N", help="tokens per file (default: 16777216)"
     )
     build.add_argument("--max-bad", type=_count, default=0, metavar="N", help="bad records to put up with (default: 0)")
+    several = build.add_mutually_exclusive_group()
+    text = "encode one of N shards of the work, from 0/N to N-1/N, here or on other machines; --max-bad and "
+    several.add_argument("--shard", type=_shard, metavar="I/N", help=text + "--shard-tokens count for --merge alone")
+    several.add_argument("--merge", action="store_true", help="make the store of all shards, once they are done")
     build.set_defaults(action=_build)
 
     verify = actions.add_parser("verify", help="read every byte of a store and name what is damaged")
@@ -95,25 +99,82 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from mtx.data.build import SHARD_TOKENS, build_store
+    from mtx.data.shards import merge_shards
+    from mtx.reports.build_bar import BuildBar
+
+    if args.shard is not None:
+        return _build_shard(args)
+    begin = time.monotonic()
+    finish = {"shard_tokens": args.shard_tokens or SHARD_TOKENS, "max_bad": args.max_bad, "on_note": _note(args)}
+    if args.merge:
+        built = merge_shards(args.inputs, **_build_options(args), **finish)
+    else:
+        with BuildBar(quiet=args.quiet) as bar:
+            built = build_store(
+                args.inputs, **_build_options(args), **finish, workers=_workers(args), on_progress=bar.update
+            )
+    return _show_built(args, built, time.monotonic() - begin)
+
+
+def _build_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What all kinds of a build are given."""
     from pathlib import Path
 
-    from mtx.data.build import SHARD_TOKENS, build_store
     from mtx.data.inputs import Selection
 
+    return {
+        "tokenizer_path": args.tokenizer,
+        "out": Path(args.out),
+        "selection": Selection(field=args.field, id_field=args.id_field, select=tuple(args.select)),
+        "end_of_document": args.end_of_document,
+    }
+
+
+def _workers(args: argparse.Namespace) -> int:
+    return args.workers or len(os.sched_getaffinity(0))
+
+
+def _note(args: argparse.Namespace) -> Callable[[str], None]:
+    return lambda note: None if args.quiet else print(f"mtx: {note}", file=sys.stderr, flush=True)
+
+
+def _build_shard(args: argparse.Namespace) -> int:
+    from mtx.data.shards import build_shard
+    from mtx.reports.build_bar import BuildBar
+
     begin = time.monotonic()
-    with _Bar(quiet=args.quiet) as bar:
-        built = build_store(
+    shard, num_shards = args.shard
+    with BuildBar(quiet=args.quiet) as bar:
+        built = build_shard(
             args.inputs,
-            tokenizer_path=args.tokenizer,
-            out=Path(args.out),
-            selection=Selection(field=args.field, id_field=args.id_field, select=tuple(args.select)),
-            workers=args.workers or len(os.sched_getaffinity(0)),
-            end_of_document=args.end_of_document,
-            shard_tokens=args.shard_tokens or SHARD_TOKENS,
-            max_bad=args.max_bad,
+            **_build_options(args),
+            shard=shard,
+            num_shards=num_shards,
+            workers=_workers(args),
             on_progress=bar.update,
+            on_note=_note(args),
         )
-    seconds = time.monotonic() - begin
+    seconds, counts = time.monotonic() - begin, built.counts
+    if counts.bad_records:
+        _warn(f"{counts.bad_records} bad records in this shard; --merge names them, and --max-bad decides there", [])
+    if args.json:
+        shown = {"documents": counts.documents, "tokens": counts.tokens, "text_bytes": counts.text_bytes}
+        parts = {"parts": built.parts, "reused_parts": built.reused_parts, "already_done": built.already}
+        options.print_json(
+            {"store": args.out, "shard": shard, "shards": num_shards, "seconds": seconds, **parts, **shown}
+            | {"bad_records": counts.bad_records, "ignored_files": built.ignored}
+        )
+        return 0
+    reused = f" ({built.reused_parts:,} of them were there)" if built.reused_parts else ""
+    print(
+        f"{args.out}: shard {shard}/{num_shards} is done: {built.parts:,} parts{reused}, "
+        f"{counts.documents:,} documents, {counts.tokens:,} tokens; {seconds:.1f} s"
+    )
+    return 0
+
+
+def _show_built(args: argparse.Namespace, built: Built, seconds: float) -> int:
     counts = built.manifest["counts"]
     if built.bad:
         _warn(f"{len(built.bad)} bad records left out (all of them: {args.out}/bad_records.txt):", built.bad)
@@ -296,6 +357,14 @@ def _count(text: str) -> int:
     return 0 if text == "0" else options.positive_int(text)
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """An argument type: '0/64' to '63/64'."""
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N-1, such as 0/64, not {text!r}")
+    return int(first), int(last)
+
+
 def _steps(text: str) -> tuple[int, int]:
     """An argument type: '7' or '7..9'."""
     first, _, last = text.partition("..")
@@ -303,44 +372,3 @@ def _steps(text: str) -> tuple[int, int]:
     if steps[0] > steps[1] or text.endswith("."):
         raise argparse.ArgumentTypeError(f"expected steps such as 7 or 7..9, not {text!r}")
     return steps
-
-
-class _Bar:
-    """Progress of a build on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
-
-    _EVERY_S = 10.0
-
-    def __init__(self, *, quiet: bool):
-        self._quiet = quiet
-        self._begin = self._last = time.monotonic()
-        self._first_position: int | None = None
-        self._bar: Any = None
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (BarColumn(), TextColumn("{task.percentage:3.0f}% {task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("", total=1.0)
-
-    def __enter__(self) -> _Bar:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def update(self, progress: Progress) -> None:
-        """Shows how far the build is."""
-        counts, done = progress.counts, progress.position / max(1, progress.total_bytes)
-        reused = f", {progress.reused_parts} parts reused" if progress.reused_parts else ""
-        bad = f", {counts.bad_records:,} bad" if counts.bad_records else ""
-        text = f"{counts.documents:,} documents, {counts.tokens / 1e6:,.1f}M tokens{bad}{reused}"
-        now = time.monotonic()
-        if self._bar:
-            self._bar.update(self._task, completed=done, description=text)
-        elif not self._quiet and now - self._last >= self._EVERY_S:
-            self._last = now
-            print(f"{done:4.0%}  {text}, {now - self._begin:.0f} s", file=sys.stderr, flush=True)

@@ -17,12 +17,9 @@ import dataclasses
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,33 +29,18 @@ import numpy as np
 
 from mtx.data import integrity
 from mtx.data.arrays import CHUNK, ArrayWriter
-from mtx.data.encode import (
-    Counts,
-    Encoder,
-    Report,
-    encode_in_worker,
-    read_part,
-    read_report,
-    start_worker,
-    token_dtype,
-)
-from mtx.data.inputs import BLOCK_BYTES, Block, Selection, Source, find_sources, read_blocks
+from mtx.data.encode import Counts, Part, Report, read_part, token_dtype
+from mtx.data.encode_pool import Progress, encode_all, part_path
+from mtx.data.inputs import BLOCK_BYTES, Selection, Source, find_sources, read_blocks
 from mtx.data.store import FORMAT, VERSION
 from mtx.data.tokenizer import CONFIG, Tokenizer, load_tokenizer
 from mtx.errors import UserError
 
 SHARD_TOKENS = 16 << 20
+PLAN = "plan.json"
+_PARTS_VERSION = 2
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BAD_SHOWN = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a build is: bytes of input as stored, and what was found in them."""
-
-    position: int
-    total_bytes: int
-    reused_parts: int
-    counts: Counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +63,7 @@ def build_store(
     shard_tokens: int = SHARD_TOKENS,
     max_bad: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Built:
     """Builds a token store at `out`.
 
@@ -94,57 +77,99 @@ def build_store(
         shard_tokens: Tokens per file; a multiple of 8192.
         max_bad: Bad records that are put up with.
         on_progress: Called after every block.
+        on_note: Called with what the user should know, a line each.
 
     Raises:
         UserError: `out` exists, the inputs hold no document or more than `max_bad` bad records, or a file fails.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already and is not overwritten; give another --out or remove it")
-    if shard_tokens % CHUNK:
-        raise UserError(f"--shard-tokens {shard_tokens}: must be a multiple of {CHUNK}")
-    work = out.with_name(out.name + ".building")
-    try:
+    check_new(out)
+    check_shard_tokens(shard_tokens)
+    work = work_folder(out)
+    with user_errors(work):
         sources, ignored = find_sources(inputs)
         tokenizer = load_tokenizer(tokenizer_path, end_of_document=end_of_document)
-        plan = _plan(sources, tokenizer, selection)
-        with _locked(work):
+        plan = make_plan(sources, tokenizer, selection)
+        with locked(work, on_note=on_note):
             _start_or_resume(work, plan)
             encoder = (tokenizer_path, end_of_document, selection)
-            reports = _encode_all(sources, encoder, work / "parts", workers, on_progress)
-            bad = [
-                f"{sources[record.source].path}:{record.line}: {record.reason}"
-                for report in reports
-                for record in report.bad
-            ]
-            _refuse_changed(sources)
-            _refuse_bad(bad, max_bad, work)
-            manifest = _assemble(work, sources, tokenizer, selection, reports, bad, shard_tokens)
-            _publish(work / "store", out)
+            total_bytes = sum(source.size_bytes for source in sources)
+            needed = workers if total_bytes > BLOCK_BYTES else 1
+            parts = work / "parts"
+            reports = encode_all(read_blocks(sources, BLOCK_BYTES), total_bytes, encoder, parts, needed, on_progress)
+            bad = bad_lines(sources, reports)
+            refuse_changed(sources)
+            refuse_bad(bad, max_bad, work)
+            read = (read_part(part_path(parts, number)) for number in range(len(reports)))
+            manifest = assemble(work, sources, tokenizer, selection, reports, read, bad, shard_tokens)
+            publish(work / "store", out)
             shutil.rmtree(work)
+    return Built(manifest=manifest, ignored=ignored, bad=bad)
+
+
+def work_folder(out: Path) -> Path:
+    """Where the work on a store is kept until it is one."""
+    return out.with_name(out.name + ".building")
+
+
+def check_new(out: Path) -> None:
+    """Raises: UserError: There is something with the name of the store."""
+    if out.exists():
+        raise UserError(f"{out}: exists already and is not overwritten; give another --out or remove it")
+
+
+def check_shard_tokens(shard_tokens: int) -> None:
+    """Raises: UserError: The files of the store would not hold whole chunks."""
+    if shard_tokens % CHUNK:
+        raise UserError(f"--shard-tokens {shard_tokens}: must be a multiple of {CHUNK}")
+
+
+@contextmanager
+def user_errors(work: Path) -> Iterator[None]:
+    """What the operating system refuses is the user's to mend."""
+    try:
+        yield
     except OSError as error:
         cure = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             cure = f"; make room, and the same command goes on from what is in {work}"
         raise UserError(f"{error.filename or work}: {error.strerror}{cure}") from None
-    return Built(manifest=manifest, ignored=ignored, bad=bad)
 
 
 @contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Holds the work folder. The lock goes with the process, however that ends."""
+def locked(work: Path, *, shared: bool = False, on_note: Callable[[str], None] = lambda note: None) -> Iterator[None]:
+    """Holds the work folder. The lock goes with the process, however that ends.
+
+    Args:
+        work: Made if need be.
+        shared: Whether others that also share it may work there at the same time.
+        on_note: Told where the file system has no locks.
+
+    Raises:
+        UserError: Another process holds it, or has just finished with it.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as file:
+    with (work / "lock").open("a+") as file:  # both: network file systems want it open for what the lock is for
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{work}: another process is building there; wait for it or give another --out") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            on_note(
+                f"{work}: this file system has no locks ({error.strerror}): see to it that there is one build of the "
+                "store at a time, and that its --merge begins when all its shards have ended"
+            )
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise UserError(f"{work}: another process has just finished there; start again if the store is not there")
         yield
 
 
-def _plan(sources: list[Source], tokenizer: Tokenizer, selection: Selection) -> dict[str, Any]:
+def make_plan(sources: list[Source], tokenizer: Tokenizer, selection: Selection) -> dict[str, Any]:
     """All that the parts depend on."""
     return {
         "version": VERSION,
+        "parts_version": _PARTS_VERSION,
         "block_bytes": BLOCK_BYTES,
         "tokenizer": tokenizer.fingerprint,
         "end_of_document_id": tokenizer.end_of_document_id,
@@ -154,9 +179,18 @@ def _plan(sources: list[Source], tokenizer: Tokenizer, selection: Selection) -> 
 
 
 def _start_or_resume(work: Path, plan: dict[str, Any]) -> None:
-    """Keeps the parts of an earlier build if they are of this plan."""
+    """Keeps the parts of an earlier build if they are of this plan.
+
+    Raises:
+        UserError: The folder holds the work of shards, which may be that of many machines.
+    """
+    path, text = work / PLAN, json.dumps(plan, indent=1)
+    if path.is_file() and "shards" in json.loads(path.read_text(encoding="utf-8")):
+        raise UserError(
+            f"{work}: holds the work of `--shard` commands; finish it with `--merge`, or remove the folder if it is "
+            "not wanted"
+        )
     shutil.rmtree(work / "store", ignore_errors=True)
-    path, text = work / "plan.json", json.dumps(plan, indent=1)
     if not (path.is_file() and path.read_text(encoding="utf-8") == text):
         shutil.rmtree(work / "parts", ignore_errors=True)
         temporary = path.with_suffix(".tmp")
@@ -167,84 +201,23 @@ def _start_or_resume(work: Path, plan: dict[str, Any]) -> None:
         leftover.unlink()
 
 
-def _encode_all(
-    sources: list[Source],
-    encoder: tuple[str, str | None, Selection],
-    parts: Path,
-    workers: int,
-    on_progress: Callable[[Progress], None],
-) -> list[Report]:
-    """Encodes the blocks that have no part yet. Returns the reports of all, in order."""
-    total_bytes = sum(source.size_bytes for source in sources)
-    reports: dict[int, Report] = {}
-    counts, reused, position = Counts(), 0, 0
-
-    def finish(block: Block, report: Report) -> None:
-        nonlocal counts, position
-        reports[block.number] = report
-        counts = sum(report.counts.values(), counts)
-        position = max(position, block.position)
-        on_progress(Progress(position=position, total_bytes=total_bytes, reused_parts=reused, counts=counts))
-
-    with _encoding(encoder, workers if total_bytes > BLOCK_BYTES else 1) as submit:
-        running: dict[Future[Report], Block] = {}
-        for block in read_blocks(sources, BLOCK_BYTES):
-            path = part_path(parts, block.number)
-            if path.exists():
-                reused += 1
-                finish(block, read_report(path))
-                continue
-            running[submit(block, path)] = block
-            while len(running) >= 2 * workers:  # enough to keep every worker busy, and a bounded memory
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    finish(running.pop(future), future.result())
-        for future, block in running.items():
-            finish(block, future.result())
-    return [report for _, report in sorted(reports.items())]
+def bad_lines(sources: Sequence[Source], reports: Iterable[Report]) -> list[str]:
+    """The bad records, as file:line: reason."""
+    return [
+        f"{sources[record.source].path}:{record.line}: {record.reason}" for report in reports for record in report.bad
+    ]
 
 
-def part_path(parts: Path, number: int) -> Path:
-    """File of a block's part."""
-    return parts / f"{number:08}.npz"
-
-
-@contextmanager
-def _encoding(
-    encoder: tuple[str, str | None, Selection], workers: int
-) -> Iterator[Callable[[Block, Path], Future[Report]]]:
-    """What encodes a block: in this process, or in a pool of others."""
-    if workers == 1:
-        here = Encoder(*encoder)
-
-        def encode(block: Block, path: Path) -> Future[Report]:
-            future: Future[Report] = Future()
-            future.set_result(here.encode(block, path))
-            return future
-
-        yield encode
-        return
-    # Spawned, not forked: forking a process that has threads (TensorStore's, the tokenizer's) can deadlock.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=encoder)
-    try:
-        yield lambda block, path: pool.submit(encode_in_worker, block, path)
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process died, perhaps for lack of memory; the same command goes on from what is finished, "
-            "with fewer --workers if memory was short"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _refuse_changed(sources: list[Source]) -> None:
+def refuse_changed(sources: Iterable[Source]) -> None:
+    """Raises: UserError: A source is not what it was when the build began."""
     for source in sources:
         status = Path(source.path).stat()
         if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
             raise UserError(f"{source.path}: changed while it was read; start the build again when it is complete")
 
 
-def _refuse_bad(bad: list[str], max_bad: int, work: Path) -> None:
+def refuse_bad(bad: list[str], max_bad: int, work: Path) -> None:
+    """Raises: UserError: There are more bad records than are put up with."""
     if len(bad) > max_bad:
         shown = "\n  ".join(bad[:_BAD_SHOWN])
         more = f"\n  and {len(bad) - _BAD_SHOWN} more" if len(bad) > _BAD_SHOWN else ""
@@ -254,16 +227,21 @@ def _refuse_bad(bad: list[str], max_bad: int, work: Path) -> None:
         )
 
 
-def _assemble(
+def assemble(
     work: Path,
     sources: list[Source],
     tokenizer: Tokenizer,
     selection: Selection,
-    reports: list[Report],
+    reports: Iterable[Report],
+    parts: Iterable[Part],
     bad: list[str],
     shard_tokens: int,
 ) -> dict[str, Any]:
-    """Writes the store from the parts, below `work`, and seals it. Returns its manifest."""
+    """Writes the store from the parts, as `work/store`, and seals it. Returns its manifest.
+
+    Raises:
+        UserError: There is no document.
+    """
     by_source = [Counts() for _ in sources]
     for report in reports:
         for index, counts in report.counts.items():
@@ -276,7 +254,7 @@ def _assemble(
         )
     store, dtype = work / "store", token_dtype(tokenizer.vocab_size)
     store.mkdir()
-    _write_arrays(store, work / "parts", len(reports), total, dtype, shard_tokens)
+    _write_arrays(store, parts, total, dtype, shard_tokens)
     (store / "tokenizer").mkdir()
     for name, path in tokenizer.files.items():
         shutil.copyfile(path, store / "tokenizer" / name)
@@ -309,7 +287,7 @@ def _assemble(
     return integrity.read_manifest(store)
 
 
-def _write_arrays(store: Path, parts: Path, num_parts: int, total: Counts, dtype: np.dtype, shard_tokens: int) -> None:
+def _write_arrays(store: Path, parts: Iterable[Part], total: Counts, dtype: np.dtype, shard_tokens: int) -> None:
     def writer(name: str, dtype: np.dtype, length: int) -> ArrayWriter:
         return ArrayWriter(store / name, dtype=dtype, length=length, shard=shard_tokens)
 
@@ -319,8 +297,7 @@ def _write_arrays(store: Path, parts: Path, num_parts: int, total: Counts, dtype
     id_ends = writer("id_ends", np.dtype(np.int64), total.documents)
     ids = writer("id_bytes", np.dtype(np.uint8), total.id_bytes)
     token_end, id_end = 0, 0
-    for number in range(num_parts):
-        part = read_part(part_path(parts, number))
+    for part in parts:
         tokens.append(part.tokens)
         ends.append(token_end + part.lengths.cumsum())
         lines.append(part.lines)
@@ -332,7 +309,7 @@ def _write_arrays(store: Path, parts: Path, num_parts: int, total: Counts, dtype
         array.close()
 
 
-def _publish(folder: Path, out: Path) -> None:
+def publish(folder: Path, out: Path) -> None:
     """Gives the store its name, and makes the name last."""
     try:
         os.rename(folder, out)

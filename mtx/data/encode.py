@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import uuid
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from mtx.data.inputs import BadRecord, Block, Document, Selection, read_records
 from mtx.data.tokenizer import load_tokenizer
 from mtx.errors import UserError
 
-_CHECK_EVERY = 16  # one document in so many is decoded again and compared with its text
+CHECK_EVERY = 16  # one document of a block in so many is decoded again and compared with its text
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,11 +47,31 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """What became of a segment: bytes of its text, and documents."""
+
+    source: int
+    data_bytes: int
+    documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a part says of itself: counts by source, and the bad records."""
+    """What a part says of itself.
+
+    Attributes:
+        counts: By source. Of a loose block, without the round trips.
+        bad: The bad records.
+        stretches: The segments, in order.
+        loose: Whether the block was.
+        inexact: Documents of a loose block, from 0, that decoding changes; all of them were decoded.
+    """
 
     counts: dict[int, Counts] = field(default_factory=dict)
     bad: list[BadRecord] = field(default_factory=list)
+    stretches: list[Stretch] = field(default_factory=list)
+    loose: bool = False
+    inexact: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +107,10 @@ class Encoder:
 
     def encode(self, block: Block, path: Path) -> Report:
         """Encodes a block and writes its part; returns the part's report."""
-        report = Report()
+        report = Report(loose=block.loose)
         documents: list[Document] = []
         for segment in block.segments:
+            before = len(documents)
             counts = report.counts.setdefault(segment.source, Counts())
             for record in read_records(segment, self._selection):
                 if record is None:
@@ -100,6 +122,8 @@ class Encoder:
                     counts.empty_documents += 1
                 else:
                     documents.append(record)
+            stretch = Stretch(source=segment.source, data_bytes=len(segment.data), documents=len(documents) - before)
+            report.stretches.append(stretch)
         _write_part(path, self._part(documents, report), report)
         return report
 
@@ -112,7 +136,10 @@ class Encoder:
             counts.tokens += len(ids) + 1
             counts.text_bytes += len(document.text.encode())
             counts.id_bytes += len(document.id.encode())
-            if i % _CHECK_EVERY == 0:
+            if report.loose:
+                if self._tokenizer.decode(ids) != document.text:
+                    report.inexact.append(i)
+            elif i % CHECK_EVERY == 0:
                 counts.round_trips_checked += 1
                 counts.round_trips_inexact += self._tokenizer.decode(ids) != document.text
         names = [document.id.encode() for document in documents]
@@ -133,6 +160,9 @@ def read_report(path: Path) -> Report:
     return Report(
         counts={int(source): Counts(**counts) for source, counts in content["counts"].items()},
         bad=[BadRecord(**record) for record in content["bad"]],
+        stretches=[Stretch(**stretch) for stretch in content["stretches"]],
+        loose=content["loose"],
+        inexact=content["inexact"],
     )
 
 
@@ -157,14 +187,22 @@ def _write_part(path: Path, part: Part, report: Report) -> None:
     content = {
         "counts": {source: dataclasses.asdict(counts) for source, counts in report.counts.items()},
         "bad": [dataclasses.asdict(record) for record in report.bad],
+        "stretches": [dataclasses.asdict(stretch) for stretch in report.stretches],
+        "loose": report.loose,
+        "inexact": report.inexact,
     }
     arrays = {member.name: getattr(part, member.name) for member in dataclasses.fields(Part)}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     with temporary.open("wb") as file:
         np.savez(file, report=np.frombuffer(json.dumps(content).encode(), np.uint8), **arrays)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other process uses: one on another host, taken for lost, may be at the same file."""
+    return path.with_suffix(f".{uuid.uuid4().hex}.tmp")
 
 
 # A worker process has one encoder for its life: loading a vocabulary costs more than encoding a block.

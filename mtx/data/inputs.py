@@ -67,11 +67,27 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The segments that are encoded at a time. `position` is the bytes of input read so far, as stored."""
+    """The segments that are encoded at a time.
+
+    Attributes:
+        number: Counts from 0 in what was read.
+        segments: In the order of the inputs.
+        position: Bytes of input read so far, as stored.
+        loose: Whether only what precedes these segments in the inputs, which was not read, says where the cuts are.
+    """
 
     number: int
     segments: tuple[Segment, ...]
     position: int
+    loose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Consecutive input: from the first place on, up to the second. A place is a source and a byte of it, as stored."""
+
+    first: tuple[int, int]
+    end: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,25 +156,74 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
     return [_source(path) for path in paths], others
 
 
-def read_blocks(sources: Sequence[Source], block_bytes: int) -> Iterator[Block]:
+def read_blocks(sources: Sequence[Source], block_bytes: int, span: Span | None = None) -> Iterator[Block]:
     """Cuts the sources into blocks of whole records and about `block_bytes` of text; the cuts depend on nothing else.
 
     A source that cannot be decompressed to its end yields its whole lines, and a BadRecord for the rest.
+
+    Args:
+        span: What is read of them; None: all. Its places inside a source are of `find_cuts`, and lines count from
+            there. The same records come, in the same order; the cuts are the same from the first block on that is not
+            `loose`.
+
+    Raises:
+        UserError: The span ends where no record does, since the source changed.
     """
+    first, end = (span.first, span.end) if span else ((0, 0), (len(sources), 0))
     number, position = 0, 0
+    loose = first[0] > 0 and first[1] == 0
     segments: list[Segment] = []
     filled = 0
-    for index, source in enumerate(sources):
+    for index in range(first[0], end[0] + (end[1] > 0)):
+        source = sources[index]
+        begin = here = first[1] if index == first[0] else 0
+        stop = end[1] if index == end[0] else None
         with open(source.path, "rb") as file:
+            file.seek(begin)
             for segment in _segments(index, source, file, block_bytes):
                 segments.append(segment)
                 filled += len(segment.data)
+                here += len(segment.data) + 1
                 if 2 * filled >= block_bytes:  # a segment ends with its last whole line, a little under the measure
-                    yield Block(number=number, segments=tuple(segments), position=position + file.tell())
+                    read = position + file.tell() - begin
+                    yield Block(number=number, segments=tuple(segments), position=read, loose=loose)
                     number, segments, filled = number + 1, [], 0
-        position += source.size_bytes
+                    loose = loose and not _fills(segment, block_bytes)
+                if stop is not None and here >= stop:
+                    break
+        if stop is not None and here != stop:
+            raise UserError(f"{source.path}: changed while it was read; no line ends before byte {stop} any more")
+        position += (source.size_bytes if stop is None else stop) - begin
     if segments:
-        yield Block(number=number, segments=tuple(segments), position=position)
+        yield Block(number=number, segments=tuple(segments), position=position, loose=loose)
+
+
+def find_cuts(source: Source, block_bytes: int, spacing: int) -> list[int]:
+    """Bytes of a source where blocks begin whatever precedes it, at least `spacing` apart; none of a compressed one or
+    of a `txt`. Reads a small part of it."""
+    cuts: list[int] = []
+    if source.kind != "jsonl" or source.compression is not None:
+        return cuts
+    with open(source.path, "rb") as file:
+        start, end = 0, -(-block_bytes // _READ_BYTES) * _READ_BYTES
+        while start + block_bytes <= source.size_bytes and end < source.size_bytes + _READ_BYTES:
+            chunk_begin = end - _READ_BYTES  # `_segments` cuts at the last newline of the chunk that fills a block
+            file.seek(chunk_begin)
+            newline = file.read(_READ_BYTES).rfind(b"\n")
+            if newline < 0:
+                end += _READ_BYTES
+                continue
+            cut = chunk_begin + newline + 1
+            far = cut - (cuts[-1] if cuts else 0) >= spacing and cut < source.size_bytes
+            if far and 2 * (cut - 1 - start) >= block_bytes:
+                cuts.append(cut)
+            start, end = cut, -(-(cut + block_bytes) // _READ_BYTES) * _READ_BYTES
+    return cuts
+
+
+def _fills(segment: Segment, block_bytes: int) -> bool:
+    """Whether a block ends with this segment, whatever it began with."""
+    return 2 * len(segment.data) >= block_bytes
 
 
 def read_records(segment: Segment, selection: Selection) -> Iterator[Document | BadRecord | None]:
@@ -288,7 +353,7 @@ def _segments(index: int, source: Source, file: Any, block_bytes: int) -> Iterat
 def _decompressed(source: Source, file: Any) -> Iterator[bytes]:
     """The bytes of a source. ValueError where they are damaged or end early."""
     if source.compression is None:
-        while chunk := file.read(_READ_BYTES):
+        while chunk := file.read(_READ_BYTES - file.tell() % _READ_BYTES):  # chunks end at the same bytes in a span
             yield chunk
         return
     start, damage, padding = _decompressor(source.compression)
