@@ -19,7 +19,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mtx.nn.attention import QUERY_BLOCK, choose_kernel
+from mtx.nn.attention import choose_kernel
+from mtx.nn.blockwise import KEPT_TOKENS, QUERY_BLOCK
 from mtx.nn.context import Context
 from mtx.nn.grouped import MOST_ROWS
 from mtx.nn.ring_attention import BLOCK
@@ -52,7 +53,7 @@ class Layer:
     @cached_property
     def width(self) -> int:
         """Bytes of a number of activations."""
-        return WIDTHS[self.case.run.precision.compute]
+        return WIDTHS[self.case.run.precision.activations]
 
     @cached_property
     def tokens(self) -> int:
@@ -168,9 +169,9 @@ class Layer:
         rows = self.tokens * model.num_heads // self.case.shards("heads")
         if self.kernel != "xla":
             return rows * FLOAT32  # the log-sum-exp of the scores
-        # Of each block of queries the weights in both formats, up to the block's end.
-        seen = (length + min(QUERY_BLOCK, length)) // 2
-        return rows * seen * (FLOAT32 + self.width)
+        # Of each block of queries the weights up to the block's end, where they are not computed again, and a sum each.
+        seen = (length + min(QUERY_BLOCK, length)) // 2 if length <= KEPT_TOKENS else 0
+        return rows * (seen * self.width + FLOAT32)
 
     @cached_property
     def attention_work(self) -> int:
@@ -185,6 +186,8 @@ class Layer:
             return whole + sums + rows * block**2 * (2 * FLOAT32 + 2 * self.width)
         if self.kernel == "xla":
             return whole + rows * min(QUERY_BLOCK, length) * length * (2 * FLOAT32 + self.width)
+        if self.case.run.data.packing == "documents":  # the mask, and the gradient by it
+            whole += 2 * self.case.microbatch_size * length**2 * self.width
         return whole
 
     @cached_property
@@ -244,20 +247,27 @@ class Layer:
         return 2 * (self.gathered + self.queries + self.keys + rows) + hidden
 
 
+def keeps_attention(case: Case) -> bool:
+    """Whether what attention computes forward is kept by `Train.recompute = 'selective'`: only a pipeline, which keeps
+    values by name, and plain XLA compute it again."""
+    ours = case.software == "mtx" and case.stages is None
+    return ours and case.run.train.recompute == "selective" and choose_attention(case) == "cudnn"
+
+
 def choose_attention(case: Case) -> str:
     """The kernel that the step takes on the cluster's GPUs."""
     target, run = TARGETS.get(case.cluster.gpu.name), case.run
     capability = 7.0 if target is None else float("{}.{}".format(*target.compute_capability))
     context = Context(
         comm=_Axes(case),  # type: ignore[arg-type]
-        dtype=np.dtype(run.precision.compute),
+        dtype=np.dtype(run.precision.activations),
         attention=run.train.attention,
         platform="gpu",
         compute_capability=capability,
         context_exchange=run.train.context_exchange,
     )
     packed, alibi = run.data.packing == "documents", run.model.position == "alibi"
-    return choose_kernel(context, run.model.head_width, packed=packed, masked=False, alibi=alibi)
+    return choose_kernel(context, run.model.head_width, length=run.train.seq_len, masked=packed, alibi=alibi)
 
 
 @dataclass(frozen=True)

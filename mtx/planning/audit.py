@@ -144,7 +144,7 @@ def _where(step: Dissection, c: Collective) -> str:
 def _zero_bytes(step: Dissection) -> Iterator[Finding]:
     case = step.case
     compute = {"float32": 4, "bfloat16": 2}
-    wide, wire = compute[case.run.precision.compute], compute[case.run.precision.gradients]
+    wide, wire = compute[case.run.precision.activations], compute[case.run.precision.gradients]
     expected = 0
     exchanged = [c for c in step.collectives if c.kind != "all-to-all"]  # by which tokens come to their experts
     for _, shape, placement in case.placed:

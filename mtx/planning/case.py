@@ -178,11 +178,12 @@ class Case:
             check: Whether the run must fit its mesh; False for the layouts of other software.
 
         Raises:
-            UserError: The mesh does not take these GPUs, or the run does not fit it.
+            UserError: The mesh does not take these GPUs, the run does not fit it, or they lack its number format.
         """
         mesh = layout.resolve_mesh(run.mesh, cluster.num_gpus)
         if check:
             layout.check_layout(run, mesh)
+        check_format(run, cluster.gpu)
         return cls(dataclasses.replace(run, mesh=mesh), cluster, software)
 
     @functools.cached_property
@@ -255,6 +256,15 @@ class Case:
     def local_size(self, shape: tuple[int, ...], spec: Any) -> int:
         """Numbers of an array that one device holds."""
         return math.prod(shape) // math.prod(self.sizes[axis] for axis in mesh_axes(spec))
+
+
+def check_format(run: schema.Run, gpu: Gpu) -> None:
+    """Raises UserError where a GPU cannot multiply the numbers that a run multiplies."""
+    if run.precision.compute == "float8" and gpu.peak_flops("float8") is None:
+        raise UserError(
+            f"Precision.compute = 'float8': {gpu.name} has no products of 8-bit numbers; set 'bfloat16', or plan for a "
+            "later GPU (--list-gpus)"
+        )
 
 
 def check_mesh(mesh: schema.Mesh, num_gpus: int) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from mtx.planning.case import Case
 from mtx.planning.flops import model_flops_per_token
@@ -40,13 +39,12 @@ def product_format(precision: str) -> str | None:
 def case_to_time(case: Case, precision: str) -> Case | None:
     """A row's case with products in the row's format; None: no GPU of the table has a peak for them.
 
-    Runs of ours have 16 bits or more, and so the case of a row with 8: that is right for its memory, not for its time.
+    A row's case has 16 bits, whatever the row has: that is right for its memory, not for its time.
     """
     found = product_format(precision)
     if found != "fp8":
         return None if found is None else case
-    narrow: Any = "float8"  # of which the config knows nothing
-    changed = dataclasses.replace(case.run.precision, compute=narrow)
+    changed = dataclasses.replace(case.run.precision, compute="float8")
     return dataclasses.replace(case, run=dataclasses.replace(case.run, precision=changed))
 
 

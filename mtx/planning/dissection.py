@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from mtx.config.axes import MESH_AXES
+from mtx.planning.activations import keeps_attention
 from mtx.planning.case import Case
 from mtx.planning.flops import model_flops_per_token
 from mtx.planning.hlo import Instruction, Program, read_program
 from mtx.planning.hlo_buffers import Buffer, Sources, operation, read_buffers
 from mtx.planning.hlo_collectives import Collective, read_collectives
 from mtx.planning.hlo_products import AttentionCall, Product, read_attention, read_products
+from mtx.planning.hlo_traffic import count_traffic
 from mtx.planning.memory import Memory, estimate_memory
 from mtx.planning.plan import usable_bytes
 from mtx.planning.rehearsal import Compiled
@@ -156,6 +158,11 @@ class Dissection:
         return 3 * self.matmul_flops / self.model_flops
 
     @cached_property
+    def traffic(self) -> dict[str, int]:
+        """Bytes of operands and results of all operations, by what they are (`count_traffic`)."""
+        return count_traffic(self.program)
+
+    @cached_property
     def buffers(self) -> list[Buffer]:
         """The largest ones."""
         return read_buffers(self.compiled.buffers, self.program, self.sources, NUM_BUFFERS)
@@ -218,7 +225,7 @@ class Dissection:
         case, run = self.case, self.case.run
         attention = 4.0 * run.train.seq_len * run.model.num_heads * run.model.head_width * run.model.num_layers
         share = 3 * attention / (self.model_flops * case.cluster.num_gpus / case.tokens_per_step)
-        again = {"none": 0.0, "selective": share, "full": 1.0}[run.train.recompute]
+        again = {"none": 0.0, "selective": 0.0 if keeps_attention(case) else share, "full": 1.0}[run.train.recompute]
         if self.attention:  # the kernel's backward pass multiplies queries and keys again
             again += share / 2
         factor = 1.0
@@ -254,6 +261,7 @@ class Dissection:
             "attention_kernel_calls": sum(call.executions for call in self.attention),
             "model_flops": self.model_flops,
             "forward_equivalents": self.forward_equivalents,
+            "traffic_bytes": self.traffic,
             "collectives": [
                 {
                     "kind": e.kind, "axes": list(e.axes), "count": e.count, "bytes": e.size_bytes,

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mtx.nn.attention import QUERY_BLOCK
+from mtx.nn.blockwise import QUERY_BLOCK
 from mtx.optim.decay import is_matrix
-from mtx.planning.activations import choose_attention
+from mtx.planning.activations import choose_attention, keeps_attention
 from mtx.planning.case import Case, Parameter
 from mtx.planning.flops import attention_flops_per_token
 from mtx.planning.hlo_products import Product
@@ -26,7 +26,8 @@ class LayerWork:
     """Of one device, one microbatch, forward.
 
     Attributes:
-        products: With weights.
+        products: With weights, in the format of `Precision.compute`.
+        wide: The others with weights, in 16 bits where `Precision.compute` has 8.
         last: Those of them that give the layer's result.
         attention: Products of attention with all keys, masked ones too; its FLOPs are `attention_flops`.
         fused: Whether attention is one kernel that leaves out what causality masks and keeps scores on chip.
@@ -40,6 +41,7 @@ class LayerWork:
     """
 
     products: tuple[Product, ...]
+    wide: tuple[Product, ...]
     last: tuple[Product, ...]
     attention: tuple[Product, ...]
     fused: bool
@@ -79,8 +81,10 @@ def describe_layer(case: Case, stack: str) -> LayerWork:
         if p.axes[-1] == "mlp" and is_matrix(p.axes)
     )
     routed = sum(1 for p in parameters if "experts" in p.axes) > 0
+    narrow = [p for p in parameters if not _stays_wide(case, p)]
     return LayerWork(
-        products=tuple(_products(case, parameters, tokens)),
+        products=tuple(_products(case, narrow, tokens)),
+        wide=tuple(_products(case, [p for p in parameters if _stays_wide(case, p)], tokens)),
         last=tuple(_products(case, [p for p in parameters if p.axes[-2] == "mlp"], tokens)),
         attention=(Product(batch, queries, width, seen, 1), Product(batch, queries, seen, width, 1)),
         fused=fused,
@@ -159,7 +163,8 @@ def _hardware_flops(case: Case) -> float:
             layers += 2 * math.prod(parameter.shape) * share
     attention = attention_flops_per_token(model, run.train.seq_len)
     head = 2.0 * model.vocab_size * model.d_model
-    again = {"none": 0.0, "selective": attention, "full": layers + attention}[run.train.recompute]
+    selective = 0.0 if keeps_attention(case) else attention
+    again = {"none": 0.0, "selective": selective, "full": layers + attention}[run.train.recompute]
     return case.tokens_per_step * (3 * (layers + attention + head) + again) / case.cluster.num_gpus
 
 
@@ -172,8 +177,11 @@ def describe_head(case: Case, *, shared: bool) -> LayerWork:
     if shared:
         vocabulary = -(-vocabulary // case.sizes["pipe"])
     logits = tokens * vocabulary
+    products = (Product(1, tokens, model.d_model, vocabulary, 1),)
+    narrow = case.run.precision.compute != "float8" or case.software != "mtx"
     return LayerWork(
-        products=(Product(1, tokens, model.d_model, vocabulary, 1),),
+        products=products if narrow else (),
+        wide=() if narrow else products,
         last=(),
         attention=(),
         fused=True,
@@ -216,6 +224,16 @@ def _products(case: Case, parameters: Iterable[Parameter], tokens: int) -> Itera
         busy = min(experts, rows)  # where tokens are fewer than experts, the others have nothing to do
         joined[key] = (busy, rows // busy, contracted, before + columns)
     return [Product(*shape, 1) for shape in joined.values()]
+
+
+def _stays_wide(case: Case, parameter: Parameter) -> bool:
+    """Whether products with a parameter have 16 bits where a run has 8: of ours, all that are not `float8_parts`."""
+    precision = case.run.precision
+    if precision.compute != "float8" or case.software != "mtx":
+        return False
+    if "experts" in parameter.axes or "router" in parameter.axes:
+        return True
+    return ("attention" if "attention" in parameter.path else "mlp") not in precision.float8_parts
 
 
 def _rows(case: Case, parameter: Parameter, tokens: int) -> int:

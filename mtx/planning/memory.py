@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from mtx.nn.loss import CHUNK_BYTES
-from mtx.planning.activations import FLOAT32, WIDTHS, Layer
+from mtx.nn.loss import default_chunk
+from mtx.planning.activations import FLOAT32, WIDTHS, Layer, keeps_attention
 from mtx.planning.case import Case
 from mtx.planning.target import TARGETS
 from mtx.training.remat import SELECTIVE, ring_names
@@ -115,7 +115,7 @@ class _Step:
     @cached_property
     def width(self) -> int:
         """Bytes of a number that is computed with."""
-        return WIDTHS[self.case.run.precision.compute]
+        return WIDTHS[self.case.run.precision.activations]
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
@@ -264,7 +264,8 @@ class _Step:
             if recompute == "none":
                 total += layer.keep_all(explicit=explicit)
             else:
-                total += layer.keep(frozenset({"layer_in", *(SELECTIVE if recompute == "selective" else ())}))
+                total += layer.keep(self._selected | {"layer_in"})
+                total += layer.kept_by_attention if keeps_attention(self.case) else 0
         return total
 
     @cached_property
@@ -273,8 +274,13 @@ class _Step:
         recompute = self.case.run.train.recompute
         if recompute == "none":
             return 0
-        names = frozenset(SELECTIVE if recompute == "selective" else ())
-        return max(layer.recompute(names) for layer in self.layers.values())
+        return max(layer.recompute(self._selected) for layer in self.layers.values())
+
+    @property
+    def _selected(self) -> frozenset[str]:
+        """Without a pipeline: names of the values that the policy of recomputation keeps."""
+        names = SELECTIVE if self.case.run.train.recompute == "selective" else ()
+        return frozenset({*names, *(("attention_out",) if keeps_attention(self.case) else ())})
 
     @cached_property
     def _one_layer(self) -> int:
@@ -343,7 +349,7 @@ class _Step:
         layer = next(iter(self.layers.values()))
         seen = layer.gathered if set(case.rules["vocab"]) & set(case.rules["seq_sp"]) else layer.stream
         tokens = seen // (run.model.d_model * self.width)
-        chunk = min(run.train.loss_chunk_tokens or max(1, CHUNK_BYTES // (FLOAT32 * rows)), tokens)
+        chunk = min(run.train.loss_chunk_tokens or default_chunk(rows), tokens)
         chunks = -(-tokens // chunk)
         chunk = -(-tokens // chunks)
         table = rows * run.model.d_model

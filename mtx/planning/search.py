@@ -26,7 +26,7 @@ from mtx.config.axes import MESH_AXES
 from mtx.config.fit import Layout, contradictions, misfits
 from mtx.data.ramp import BatchSizes
 from mtx.errors import UserError
-from mtx.planning.case import Case, Cluster, declare
+from mtx.planning.case import Case, Cluster, check_format, declare
 from mtx.planning.constants import Constants, load_constants
 from mtx.planning.flops import model_flops_per_token
 from mtx.planning.layers import uses_fused_attention
@@ -156,7 +156,11 @@ def search_layouts(
         software: Whose habits the estimates assume.
         constants: Of the time model; None: those that are shipped.
         keep: How many of the fastest are wanted; what cannot be one of them is not estimated.
+
+    Raises:
+        UserError: The GPU lacks the run's number format.
     """
+    check_format(run, cluster.gpu)
     begin = time.perf_counter()
     search = _Search(run, cluster, software, constants, keep)
     for sizes in list_meshes(run, cluster.num_gpus):

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mtx.planning.activations import keeps_attention
 from mtx.planning.case import Case
 from mtx.planning.communication import Network
 from mtx.planning.constants import Constants, load_constants
@@ -90,14 +91,15 @@ class _Clock:
     def products(self, work: LayerWork) -> tuple[float, float]:
         """Forward; and backward, where the gradients of input and weight are a product each, as large as that."""
         forward = backward = 0.0
-        for p in work.products:
-            forward += self._product(p)
-            backward += self._product(Product(p.batch, p.rows, p.columns, p.contracted, 1))
-            backward += self._product(Product(p.batch, p.contracted, p.rows, p.columns, 1))
+        for dtype, products in ((self.dtype, work.products), ("bfloat16", work.wide)):
+            for p in products:
+                forward += self._product(p, dtype)
+                backward += self._product(Product(p.batch, p.rows, p.columns, p.contracted, 1), dtype)
+                backward += self._product(Product(p.batch, p.contracted, p.rows, p.columns, 1), dtype)
         return forward / self.quality, backward / self.quality
 
-    def _product(self, product: Product) -> float:
-        return product_seconds(product, self.gpu, self.dtype, self.constants)
+    def _product(self, product: Product, dtype: str) -> float:
+        return product_seconds(product, self.gpu, dtype, self.constants)
 
     def attention(self, work: LayerWork) -> tuple[float, float]:
         """The fused kernel computes what causality leaves, and backward the scores once more: 5 products for 2."""
@@ -159,7 +161,7 @@ class _Clock:
         }
         computed = product + attention + forward["memory_bound"] + forward["launch"]
         if not self.software.repeats_last and self.case.stages is None:
-            computed -= sum(self._product(p) for p in work.last) / self.quality
+            computed -= sum(self._product(p, self.dtype) for p in work.last) / self.quality
         again = self.repeated(computed, forward)
         backward = {
             "matmul": product_back,
@@ -185,7 +187,8 @@ class _Clock:
         if recompute == "full":
             return computed
         if recompute == "selective":
-            attention = forward["attention"] + (forward["memory_bound"] if habit == "elementwise" else 0.0)
+            attention = 0.0 if keeps_attention(self.case) else forward["attention"]
+            attention += forward["memory_bound"] if habit == "elementwise" else 0.0
             return computed / 2 if habit == "half" else attention
         # What the ring of our pipeline keeps are the inputs of products.
         return forward["memory_bound"] if self.case.software == "mtx" and self.case.stages is not None else 0.0

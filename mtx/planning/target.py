@@ -70,9 +70,13 @@ class Target:
         }
         lines = [f"  {name}: {value}" for name, value in limits.items()]
         capability = f"  cuda_compute_capability {{ major: {major} minor: {minor} }}"
-        end = ["}", 'platform_name: "CUDA"', f'device_description_str: "{self.device}"', ""]
+        versions = [f'  {name}: "{CUDA_VERSION}"' for name in ("runtime_version", "compile_time_toolkit_version")]
+        end = [*versions, "}", 'platform_name: "CUDA"', f'device_description_str: "{self.device}"', ""]
         return "\n".join(["gpu_device_info {", *lines, capability, *end])
 
+
+CUDA_VERSION = "13.0.0"
+"""That programs are compiled for. Without one XLA takes CUDA to be too old for 8-bit products."""
 
 _HOPPER: dict[str, Any] = {
     "compute_capability": (9, 0), "core_count": 132, "fpus_per_core": 128, "shared_memory_per_core": 233472,

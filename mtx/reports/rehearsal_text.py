@@ -37,6 +37,11 @@ def print_rehearsal(step: Dissection, findings: Sequence[Finding]) -> None:
         f"(attention in full): {step.forward_equivalents:.2f} forward passes; the "
         f"layout implies {step.expected_forward_equivalents:.2f}; {kernels:,} runs of cuDNN's attention"
     )
+    moved = {kind: f"{count / 1e9:,.0f} GB" for kind, count in step.traffic.items()}
+    print(
+        f"operands and results: {moved['products']} of products, {moved['attention']} of cuDNN's attention, "
+        f"{moved['other']} of all else"
+    )
     rows = []
     for b in step.buffers:
         source = b.source or ("argument" if b.is_argument else "XLA")

@@ -15,6 +15,7 @@ from mtx.optim.lion import Lion
 from mtx.optim.muon import Muon
 from mtx.planning.case import Case, Cluster, declare
 from mtx.planning.hardware import GPUS
+from mtx.planning.search import search_layouts
 from mtx.training.state import Setup
 
 EXPERTS = {**LLAMA, "num_layers": 5, "num_experts": 4, "experts_per_token": 2, "first_dense_layers": 1}
@@ -101,3 +102,12 @@ def test_a_cluster_is_the_usual_system_unless_told():
     told = Cluster.of(gpu, 16, domain=4, nic_bandwidth=1e9)
     assert dataclasses.astuple(told)[1:] == (16, 4, 1e9)
     assert schema.Cluster().gpus_per_host == 8
+
+
+def test_a_gpu_without_8_bit_products_is_refused():
+    run = make_run(LLAMA, precision={"compute": "float8"})
+    for gpu in ("H100", "B200"):
+        Case.of(run, Cluster.of(GPUS[gpu], 1))
+    for plan in (Case.of, search_layouts):
+        with pytest.raises(UserError, match="A100-80 has no products of 8-bit numbers"):
+            plan(run, Cluster.of(GPUS["A100-80"], 1))

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import resource
 
 import programs
 import pytest
@@ -13,11 +12,20 @@ BUDGETS = ROOT / "tests" / "golden" / "budgets"
 RUNS = sorted(path.stem for path in BUDGETS.glob("*.json"))
 GIB = 2**30
 
+# A process of its own, since what the tests before had as children would count as well.
+WITH_PEAK = """
+import json, resource, subprocess, sys
+done = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.PIPE, text=True, timeout=850)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps({**json.loads(done.stdout), "host_peak_bytes": peak}) if done.returncode == 0 else done.stdout)
+sys.exit(done.returncode)
+"""
+
 
 def rehearse(name, *arguments):
     budget = ["--budget", str(BUDGETS / f"{name}.json")]
     command = ["-m", "mtx", "rehearse", f"configs/runs/{name}.gin", *budget, "--json", *arguments]
-    done = programs.run(command, check=False, timeout_s=900)
+    done = programs.run(["-c", WITH_PEAK, *command], check=False, timeout_s=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -36,7 +44,7 @@ def test_shipped_runs_are_within_their_budgets(name):
         assert answer["gpus"] == 2240
         assert answer["peak_bytes"] <= 40 * GIB
         assert answer["compiler_memory_bytes"] < 2 * GIB
-        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * GIB
+        assert answer["host_peak_bytes"] < 2 * GIB
 
 
 def test_every_shipped_run_of_a_cluster_has_a_budget():
