@@ -5,6 +5,7 @@ Invariant: everything after this file takes its mesh as an argument and never as
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Sequence
@@ -28,6 +29,29 @@ _PEER_TIMEOUT_S = schema.Health().peer_timeout_s
 _BACKSTOP_S = 15
 """Later than a run's own watch JAX aborts (signal 6, nothing said) where a process gives it no sign of life."""
 _START_TIMEOUT_S = 300
+_GPU_DRIVER = Path("/dev/nvidiactl")
+_ALLOCATOR_SETTINGS = {-8: 1, -4: 0, -1: -1}
+"""For glibc's `mallopt`: one arena (M_ARENA_MAX), nothing outside of it (M_MMAP_MAX), nothing given back
+(M_TRIM_THRESHOLD)."""
+_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
+
+
+def _prepare_cpu() -> None:
+    """Settles how XLA runs on a CPU, where there is no GPU to run on (docs/performance.md has what each is worth).
+
+    A step takes and frees gigabytes. Given back to the kernel, they would be zeroed page by page when they are taken
+    again. And operations are not reordered so that more of them can run at a time, which takes half as much memory
+    again, and makes the step of a model of some size no faster.
+    """
+    if _GPU_DRIVER.exists():
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        for name, value in _ALLOCATOR_SETTINGS.items():
+            libc.mallopt(name, value)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _SCHEDULER not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=false".strip()
 
 
 def start_process(*, peer_timeout_s: float = _PEER_TIMEOUT_S) -> None:
@@ -41,6 +65,7 @@ def start_process(*, peer_timeout_s: float = _PEER_TIMEOUT_S) -> None:
     Raises:
         UserError: Only some of the launcher's variables are set.
     """
+    _prepare_cpu()
     if not any(name in os.environ for name in _POOL_SETTINGS):
         os.environ[_POOL_SETTINGS[0]] = str(POOL_SHARE)  # read when the devices are first asked for
     cache = os.environ.get("MTX_COMPILATION_CACHE", str(Path.home() / ".cache" / "mtx" / "xla"))

@@ -112,7 +112,7 @@ class Checkpoints:
         return saving.Barriers(self._timeout_s)
 
     def warm_up(self) -> None:
-        """Imports what saving needs, which takes seconds, in the thread that completes saves: while a step compiles."""
+        """Imports what saving needs, which takes seconds, in the thread that completes saves: while a step runs."""
         self._thread.submit(importlib.import_module, "orbax.checkpoint")
 
     def __enter__(self) -> Checkpoints:

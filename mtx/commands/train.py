@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtx.commands import options
 from mtx.errors import UserError
+from mtx.health.startup import Startup
 
 if TYPE_CHECKING:
     from mtx.training.run import Trained
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    startup = Startup()
     config = options.load_config(args)
+    startup.end("config")
     from mtx.checkpoints.drift import check_keys
 
     check_keys(args.accept)
@@ -38,13 +41,16 @@ def run(args: argparse.Namespace) -> int:
     start_process(peer_timeout_s=config.run.health.peer_timeout_s)
     import jax
 
-    from mtx.reports.html import write_report
     from mtx.training.run import train
 
+    startup.end("imports")
     run_dir = args.run_dir or Path("runs") / Path(args.config).stem
-    trained = train(config, run_dir, resume=args.resume, accept=frozenset(args.accept), quiet=args.quiet)
+    accepted = frozenset(args.accept)
+    trained = train(config, run_dir, resume=args.resume, accept=accepted, quiet=args.quiet, startup=startup)
     samples = _sample(trained, args.sample) if args.sample else []
     if jax.process_index() == 0:
+        from mtx.reports.html import write_report
+
         if samples:
             _record(samples, trained.directory.path / "samples.jsonl")
         report = trained.directory.path / "report.html"

@@ -31,6 +31,7 @@ def check_run(run: schema.Run, provenance: Mapping[str, Origin]) -> list[str]:
         _check_model,
         _check_experts,
         _check_position,
+        _check_precision,
         _check_train,
         check_stop_before,
         _check_ramp,
@@ -145,6 +146,19 @@ def _check_position(run: schema.Run, show: Show) -> Iterator[str]:
         yield (
             f"RopeScaling.high_frequency_factor = {scaling.high_frequency_factor} must be above "
             f"RopeScaling.low_frequency_factor = {scaling.low_frequency_factor}"
+        )
+
+
+def _check_precision(run: schema.Run, show: Show) -> Iterator[str]:
+    precision, model = run.precision, run.model
+    if precision.compute != "float8":
+        if precision.float8_products != "all":
+            circumstance = f"with {show('Precision.compute')}"
+            yield useless(show, "Precision.float8_products", circumstance, "set Precision.compute = 'float8'")
+    elif precision.float8_products == "mlp" and "layers" not in model.layer_stacks and not model.num_shared_experts:
+        yield (
+            f"{show('Precision.float8_products')} leaves no product in 8 bits: all layers have experts, whose products "
+            "are in bfloat16; set Precision.float8_products to 'all' or 'attention', or Precision.compute = 'bfloat16'"
         )
 
 

@@ -20,6 +20,9 @@ from mtx.config.rules import Rules, choose_rules
 from mtx.config.values import format_value
 from mtx.config.wording import divisors, multiples, show_place, show_setting, useless
 
+FLOAT8_MULTIPLE = 16
+"""cuBLASLt multiplies 8-bit matrices whose dims are multiples of this. XLA would fill up others, a copy each."""
+
 WHOLE = ("embed", "head_dim", "positions", "router")
 """Logical axes that no layer can have a part of."""
 
@@ -91,7 +94,15 @@ class Layout:
 
 def misfits(layout: Layout) -> Iterator[str]:
     """What does not fit. No more devices along any axis would mend any of it."""
-    for check in (_check_rules, _check_stages, _check_experts, _check_widths, _check_sequence, _check_batch):
+    for check in (
+        _check_rules,
+        _check_stages,
+        _check_experts,
+        _check_widths,
+        _check_sequence,
+        _check_batch,
+        _check_float8,
+    ):
         yield from check(layout)
 
 
@@ -269,6 +280,39 @@ def _check_batch(layout: Layout) -> Iterator[str]:
                 f"{layout.show('Mesh.pipe')}: set {key} to {sizes} ({multiples(most, group)} microbatches), or "
                 "Pipeline.virtual_stages to 1"
             )
+
+
+def _check_float8(layout: Layout) -> Iterator[str]:
+    """The dims of 8-bit products on a device."""
+    model, train, parts = layout.run.model, layout.run.train, layout.run.precision.float8_parts
+    dims = [("Model.d_model", model.d_model, "", FLOAT8_MULTIPLE if model.head_dim else math.lcm(16, model.num_heads))]
+    dims.append(("Train.seq_len", train.seq_len, "seq", FLOAT8_MULTIPLE * layout.shards("seq")))
+    if "mlp" in parts and "layers" in model.layer_stacks:
+        dims.append(("Model.d_ff", model.ff_width, "mlp", FLOAT8_MULTIPLE * layout.shards("mlp")))
+    if "mlp" in parts and model.num_shared_experts:
+        width = model.ff_width if model.expert_d_ff is None else model.expert_d_ff
+        key = "Model.d_ff" if model.expert_d_ff is None else "Model.expert_d_ff"
+        shared = layout.shards("mlp") // math.gcd(layout.shards("mlp"), model.num_shared_experts)
+        dims.append((key, width, "mlp", FLOAT8_MULTIPLE * shared))
+    for key, size, logical, step in dims if parts else ():
+        if size % step:
+            where = f" over {layout.split(logical)}" if logical and layout.live(logical) else ""
+            yield (
+                f"{layout.show_value(key, size)}{where} is no multiple of {FLOAT8_MULTIPLE} on a device, which 8-bit "
+                f"products need ({layout.show('Precision.compute')}): set {key} to {multiples(size, step)}"
+            )
+    if "attention" in parts:
+        shards = {"Model.num_heads": layout.shards("heads"), "Model.num_kv_heads": layout.shards("kv_heads")}
+        heads = {"Model.num_heads": model.num_heads, "Model.num_kv_heads": model.kv_heads}
+        for key, count in heads.items():
+            here = count // shards[key]
+            if count % shards[key] == 0 and here * model.head_width % FLOAT8_MULTIPLE:
+                yield (
+                    f"{layout.show_value(key, count)} of {model.head_width} numbers make {here * model.head_width} on "
+                    f"a device, which is no multiple of {FLOAT8_MULTIPLE} as 8-bit products need "
+                    f"({layout.show('Precision.compute')}): set Model.head_dim to "
+                    f"{multiples(model.head_width, FLOAT8_MULTIPLE)}"
+                )
 
 
 def _check_pipeline(layout: Layout) -> Iterator[str]:

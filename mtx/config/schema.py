@@ -187,11 +187,30 @@ class Rules:
 class Precision:
     """Number formats."""
 
-    compute: Literal["float32", "bfloat16"] = setting("float32", doc="of matrix products and activations")
+    compute: Literal["float32", "bfloat16", "float8"] = setting(
+        "float32",
+        doc="of matrix products and activations; float8: products with weights of layers are of 8-bit numbers, all "
+        "else is in bfloat16 (docs/float8.md)",
+    )
+    float8_products: Literal["all", "attention", "mlp"] = setting(
+        "all", doc="with compute = 'float8': which products are of 8-bit numbers; attention: its four projections"
+    )
     params: Literal["float32", "bfloat16"] = setting(
         "float32", drift=IMPOSSIBLE, doc="of the weights that the optimizer updates"
     )
     gradients: Literal["float32", "bfloat16"] = setting("float32", doc="in which gradients are summed over devices")
+
+    @property
+    def activations(self) -> str:
+        """Format of activations, and of all products that are not of 8-bit numbers."""
+        return "bfloat16" if self.compute == "float8" else self.compute
+
+    @property
+    def float8_parts(self) -> tuple[str, ...]:
+        """Parts of a layer whose products with weights are of 8-bit numbers. Routed experts have none."""
+        if self.compute != "float8":
+            return ()
+        return ("attention", "mlp") if self.float8_products == "all" else (self.float8_products,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,9 @@ cannot take them is not used. Softmax and its sums are in float32, since bfloat1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,83 +17,50 @@ from jax import lax
 
 from mtx.config.schema import Model
 from mtx.errors import UserError
+from mtx.nn.blockwise import attend, block_size
 from mtx.nn.context import Context, Sequence, Tap
 from mtx.nn.linear import Linear
 from mtx.nn.param import Module, Rngs
 from mtx.nn.position import alibi_slopes, rotate
 from mtx.nn.ring_attention import ring_attention
 
-QUERY_BLOCK = 512
-"""Queries whose scores are in memory at a time; each block sees only the keys up to its end, half of all on average."""
+LONGEST_MASK = 16384
+"""Tokens of a row up to which cuDNN is given its mask: two bytes for each pair of tokens, half a gigabyte here, and as
+much again for the mask's gradient, which it writes though nobody reads it. A longer row goes through `attend`."""
 
 Cache = tuple[jax.Array, jax.Array]
 """Keys and values of earlier tokens, [B, S, K, H] each; S is the longest sequence that fits."""
 
 
-def _attend_block(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    start: jax.Array | int,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
-    visible_BS: jax.Array | None,
-    slopes_N: jax.Array | None,
-) -> jax.Array:
-    batch, length, num_heads, width = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, num_heads // kv_heads, width)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * width**-0.5
-    distance_TS = start + jnp.arange(length)[:, None] - jnp.arange(k_BSKH.shape[1])
-    if slopes_N is not None:
-        scores_BKGTS -= slopes_N.reshape(kv_heads, -1, 1, 1) * distance_TS
-    seen = distance_TS >= 0
-    if q_segments_BT is not None and k_segments_BS is not None:
-        seen = seen & (q_segments_BT[:, None, None, :, None] == k_segments_BS[:, None, None, None, :])
-    if visible_BS is not None:
-        seen = seen & visible_BS[:, None, None, None, :]
-    # A finite floor: a row of padding that sees nothing yields an average, not NaN.
-    weights_BKGTS = jax.nn.softmax(jnp.where(seen, scores_BKGTS, -1e30), axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(q_BTNH.shape)
-
-
-def attend(
+def attend_cudnn(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
     visible_BT: jax.Array | None = None,
-    slopes_N: jax.Array | None = None,
-    start: jax.Array | int | None = None,
 ) -> jax.Array:
-    """Causal attention in plain XLA: [B, T, N, H] queries on [B, S, K, H] keys and values -> [B, T, N, H].
+    """Causal attention in one kernel of cuDNN's; arguments as of `attend`, bfloat16.
 
-    Args:
-        segments_BT: int32 documents of a packed row; queries see keys of their own document only.
-        visible_BT: bool, False for keys that no query sees.
-        slopes_N: float32 ALiBi slope of each head.
-        start: Place of the first query among the keys, for decoding; None: queries and keys are the same tokens.
+    Documents and hidden keys enter the kernel as numbers that are added to the scores, bfloat16 [B, 1, T, T] for all
+    heads. (cuDNN can also be told where documents start, but only through what JAX does not publish, and for a number
+    of documents in a row that is fixed beforehand.) A head that is no multiple of 8 wide is filled up with zeros, which
+    change no score and no value.
     """
-    if start is not None:
-        return _attend_block(q_BTNH, k_BSKH, v_BSKH, start, None, None, None, slopes_N)
-    outputs = []
-    for begin in range(0, q_BTNH.shape[1], QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, q_BTNH.shape[1])
-        outputs.append(
-            _attend_block(
-                q_BTNH[:, begin:end],
-                k_BSKH[:, :end],
-                v_BSKH[:, :end],
-                begin,
-                None if segments_BT is None else segments_BT[:, begin:end],
-                None if segments_BT is None else segments_BT[:, :end],
-                None if visible_BT is None else visible_BT[:, :end],
-                slopes_N,
-            )
-        )
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    width = q_BTNH.shape[-1]
+    missing = -width % 8
+    if missing:
+        q_BTNH, k_BSKH, v_BSKH = (jnp.pad(a, [(0, 0)] * 3 + [(0, missing)]) for a in (q_BTNH, k_BSKH, v_BSKH))
+    seen = None
+    if segments_BT is not None:
+        seen = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    if visible_BT is not None:
+        all_rows = jnp.broadcast_to(visible_BT[:, None, None, :], (*visible_BT.shape[:1], 1, *visible_BT.shape[1:] * 2))
+        seen = all_rows if seen is None else seen & all_rows
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=seen, scale=width**-0.5, is_causal=True, implementation="cudnn"
+    )
+    return out_BTNH[..., :width]
 
 
 def empty_cache(config: Model, context: Context, batch: int, length: int) -> Cache:
@@ -100,8 +70,12 @@ def empty_cache(config: Model, context: Context, batch: int, length: int) -> Cac
     return context.comm.varying((zeros, zeros))
 
 
-def choose_kernel(context: Context, head_dim: int, *, packed: bool, masked: bool, alibi: bool) -> str:
+def choose_kernel(context: Context, head_dim: int, *, length: int, masked: bool, alibi: bool) -> str:
     """`cudnn`, `xla`, or `ring` where the sequence is split and keys go round (in plain XLA).
+
+    Args:
+        length: Tokens of a whole row.
+        masked: Whether queries do not see all keys before them: documents are packed, or a mask hides tokens.
 
     Raises:
         UserError: cuDNN is asked for and cannot compute this attention.
@@ -109,10 +83,10 @@ def choose_kernel(context: Context, head_dim: int, *, packed: bool, masked: bool
     widest = 256 if (context.compute_capability or 0.0) >= 9.0 else 128  # cuDNN's limits, from Hopper on and before
     reasons = {
         f"the device is a {context.platform}": context.platform != "gpu",
-        f"head_dim {head_dim} is not a multiple of 8 up to {widest}": head_dim % 8 != 0 or head_dim > widest,
+        f"head_dim {head_dim} is above {widest}": head_dim > widest,
         "Precision.compute is float32": context.dtype == jnp.float32,
-        "documents are packed (Data.packing)": packed,
-        "an attention mask hides tokens": masked,
+        f"a mask of packed documents or hidden tokens is for rows of an even length up to {LONGEST_MASK}, not "
+        f"{length}": masked and (length > LONGEST_MASK or length % 2 != 0),
         "positions are alibi": alibi,
     }
     ring = context.context_exchange == "ring" and bool(context.comm.axes("seq"))
@@ -167,10 +141,10 @@ class Attention(Module):
             start: int32, number of tokens in the cache; None: none, and queries see only this call's keys.
         """
         comm = context.comm
-        x_BTD = tap("attention_in", comm.gather(x_BTD, "seq_sp", "seq", 1))
+        factor_BTD = context.factor("attention", tap("attention_in", comm.gather(x_BTD, "seq_sp", "seq", 1)))
 
         def heads(projection: Linear) -> jax.Array:
-            y = projection(x_BTD, context.dtype)
+            y = projection(factor_BTD, context.dtype)
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
         q_BTNH, k_BTKH, v_BTKH = heads(self.query), heads(self.key), heads(self.value)
@@ -185,8 +159,9 @@ class Attention(Module):
             cache = (cached_k_BSKH, cached_v_BSKH)
             if start is not None:
                 k_BTKH, v_BTKH = cache
-        out_BTNH = tap("attention_out", self._core(q_BTNH, k_BTKH, v_BTKH, sequence, context, start))
-        partial_BTD = self.output.multiply(out_BTNH.reshape(*out_BTNH.shape[:2], -1), context.dtype)
+        out_BTNH = self._core(q_BTNH, k_BTKH, v_BTKH, sequence, context, partial(tap, "attention_out"), start)
+        merged = context.factor("attention", out_BTNH.reshape(*out_BTNH.shape[:2], -1))
+        partial_BTD = self.output.multiply(merged, context.dtype)
         return self.output.add_bias(comm.reduce(partial_BTD, "heads", "seq", "seq_sp", 1)), cache
 
     def _core(
@@ -196,6 +171,7 @@ class Attention(Module):
         v_BSKH: jax.Array,
         sequence: Sequence,
         context: Context,
+        tap: Callable[[jax.Array], jax.Array],
         start: jax.Array | None,
     ) -> jax.Array:
         comm, local_heads = context.comm, q_BTNH.shape[2]
@@ -205,8 +181,9 @@ class Attention(Module):
             needed = max(1, local_heads // group)
             k_BSKH, v_BSKH = (lax.dynamic_slice_in_dim(a, first_head // group, needed, 2) for a in (k_BSKH, v_BSKH))
         segments_BT, visible_BT = sequence.segments_BT, sequence.visible_BT
-        packed, masked = segments_BT is not None, visible_BT is not None
-        kernel = choose_kernel(context, self.head_dim, packed=packed, masked=masked, alibi=self.alibi)
+        masked = segments_BT is not None or visible_BT is not None
+        length = q_BTNH.shape[1] * comm.size("seq")
+        kernel = choose_kernel(context, self.head_dim, length=length, masked=masked, alibi=self.alibi)
         swaps = bool(comm.axes("seq")) and kernel != "ring"  # all heads of some tokens for all tokens of some heads
         if swaps:
             shards = comm.size("seq")
@@ -221,11 +198,15 @@ class Attention(Module):
         slopes_N = None
         if self.alibi:
             slopes_N = lax.dynamic_slice_in_dim(jnp.array(alibi_slopes(self.num_heads)), first_head, local_heads, 0)
-        masks = {"segments_BT": segments_BT, "visible_BT": visible_BT, "slopes_N": slopes_N}
+        masks: dict[str, Any] = {"segments_BT": segments_BT, "visible_BT": visible_BT, "slopes_N": slopes_N}
         if kernel == "ring":
-            return ring_attention(comm, q_BTNH, k_BSKH, v_BSKH, **masks)
-        if kernel == "cudnn" and start is None:
-            out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+            return tap(ring_attention(comm, q_BTNH, k_BSKH, v_BSKH, **masks))
+        if kernel == "xla" or start is not None:
+            block = block_size(context.platform, q_BTNH.shape[1])
+            plain = partial(attend, q_BTNH, k_BSKH, v_BSKH, **masks, start=start, block=block)
+            if not swaps:
+                return plain(tap=tap)
+            out_BTNH = plain()
         else:
-            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, **masks, start=start)
-        return comm.exchange(comm.to_shards(out_BTNH, 1), "seq", 1, 2) if swaps else out_BTNH
+            out_BTNH = attend_cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, visible_BT=visible_BT)
+        return tap(comm.exchange(comm.to_shards(out_BTNH, 1), "seq", 1, 2) if swaps else out_BTNH)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mtx.collectives import Comm
+from mtx.nn.float8 import Rounded, round_input
 
 Tap = Callable[[str, jax.Array], jax.Array]
 """`tap(name, value)` marks a value that a recompute policy may keep; it returns the value to go on with."""
@@ -36,6 +37,7 @@ class Context:
         platform: Of the mesh's devices, `cpu` or `gpu`: which kernels there are.
         compute_capability: Of the mesh's GPUs, such as 9.0 for Hopper; None where it is not known.
         context_exchange: How attention sees a sequence that is split over devices: `ring` or `all_to_all`.
+        float8: Parts of a layer whose products with weights are of 8-bit numbers: `attention`, `mlp`.
     """
 
     comm: Comm
@@ -44,6 +46,11 @@ class Context:
     platform: str = "cpu"
     compute_capability: float | None = None
     context_exchange: str = "ring"
+    float8: tuple[str, ...] = ()
+
+    def factor(self, part: str, x: jax.Array) -> jax.Array | Rounded:
+        """The input of products with weights of a part of a layer, in the format in which they are computed."""
+        return round_input(x) if part in self.float8 else x
 
 
 Extras = dict[str, jax.Array]

@@ -53,9 +53,10 @@ class FeedForward(Module):
     def partial(self, x_BTD: jax.Array, context: Context, tap: Tap) -> jax.Array:
         """[B, T, D] sharded as `seq` -> partial sums over the shards of `mlp`, without the last bias."""
         act = ACTIVATIONS[self.activation]
-        hidden_BTF = tap("mlp_hidden", self.up(x_BTD, context.dtype))
+        factor_BTD = context.factor("mlp", x_BTD)
+        hidden_BTF = tap("mlp_hidden", self.up(factor_BTD, context.dtype))
         if self.gate is None:
             hidden_BTF = act(hidden_BTF)
         else:
-            hidden_BTF = act(tap("mlp_gate", self.gate(x_BTD, context.dtype))) * hidden_BTF
-        return self.down.multiply(hidden_BTF, context.dtype)
+            hidden_BTF = act(tap("mlp_gate", self.gate(factor_BTD, context.dtype))) * hidden_BTF
+        return self.down.multiply(context.factor("mlp", hidden_BTF), context.dtype)

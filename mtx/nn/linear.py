@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtx.collectives import shared_varying
+from mtx.nn import float8
 from mtx.nn.param import Module, Rngs, param
 
 
@@ -40,7 +41,8 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 @jax.custom_vjp
 def _add_bias(y: jax.Array, b: jax.Array) -> jax.Array:
-    """y + b. Its gradient sums over tokens as a product with ones: XLA on CPU is slow at sums down columns."""
+    """y + b. Its gradient sums over tokens; on a CPU as a product with ones, since XLA is slow at sums down columns
+    there. On a GPU such a product would read a copy in float32."""
     return y + b.astype(y.dtype)
 
 
@@ -50,8 +52,15 @@ def _add_bias_forward(y: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]
 
 def _add_bias_backward(b: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     d_rows = dy.reshape(-1, dy.shape[-1])
-    ones = jnp.ones((1, d_rows.shape[0]), d_rows.dtype)
-    return dy, jnp.dot(ones, d_rows, preferred_element_type=jnp.float32)[0].astype(b.dtype)
+
+    def multiply(d_rows: jax.Array) -> jax.Array:
+        ones = jnp.ones((1, d_rows.shape[0]), d_rows.dtype)
+        return jnp.dot(ones, d_rows, preferred_element_type=jnp.float32)[0]
+
+    def add(d_rows: jax.Array) -> jax.Array:
+        return jnp.sum(d_rows, axis=0, dtype=jnp.float32)
+
+    return dy, lax.platform_dependent(d_rows, cpu=multiply, default=add).astype(b.dtype)
 
 
 _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
@@ -72,14 +81,16 @@ class Linear(Module):
         self.weight = param(rngs, jax.nn.initializers.normal(std), shape, axes)
         self.bias = param(rngs, jax.nn.initializers.zeros, shape[1:], axes[1:]) if use_bias else None
 
-    def multiply(self, x: jax.Array, dtype: Any) -> jax.Array:
+    def multiply(self, x: jax.Array | float8.Rounded, dtype: Any) -> jax.Array:
         """x @ w without the bias: [..., inputs] -> dtype[..., outputs]."""
+        if isinstance(x, float8.Rounded):
+            return float8.multiply(x, self.weight[...].astype(dtype))
         return _multiply(*shared_varying(x, self.weight[...].astype(dtype)))
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """Adds the bias where there is one. Partial products are summed first: the bias must be added once."""
         return y if self.bias is None else _add_bias(*shared_varying(y, self.bias[...]))
 
-    def __call__(self, x: jax.Array, dtype: Any) -> jax.Array:
+    def __call__(self, x: jax.Array | float8.Rounded, dtype: Any) -> jax.Array:
         """[..., inputs] -> dtype[..., outputs]."""
         return self.add_bias(self.multiply(x, dtype))

@@ -23,6 +23,16 @@ CHUNK_BYTES = 1 << 28
 """float32 logits per chunk where the config does not say: small beside weights, large beside a matmul's start."""
 
 
+_TILE = 128
+"""Tokens that chunks are multiples of where they are larger: XLA on a GPU copies other ones to fill them up."""
+
+
+def default_chunk(rows: int) -> int:
+    """Tokens of a chunk where the config does not say, with so many rows of the head on a device."""
+    size = max(1, CHUNK_BYTES // (4 * rows))
+    return size - size % _TILE if size > _TILE else size
+
+
 class Rows(NamedTuple):
     """The tokens that the rows of a piece of the head stand for.
 
@@ -69,10 +79,16 @@ def _chunk_loss(
 
 
 def _chunks(x_TD: jax.Array, columns_T: jax.Array, weights_T: jax.Array, size: int) -> _Chunk:
-    """Splits tokens into equal chunks, the last one filled up with tokens of weight zero."""
-    count = -(-x_TD.shape[0] // size)
-    size = -(-x_TD.shape[0] // count)
-    missing = count * size - x_TD.shape[0]
+    """Splits tokens into equal chunks of at most `size`, the last one filled up with tokens of weight zero."""
+    tokens = x_TD.shape[0]
+    sizes = range(size - size % _TILE, max(size // 2, _TILE - 1), -_TILE)
+    if size < tokens and sizes:  # as little as possible to fill up
+        size = min(sizes, key=lambda tiled: -(-tokens // tiled) * tiled)
+        count = -(-tokens // size)
+    else:
+        count = -(-tokens // size)
+        size = -(-tokens // count)
+    missing = count * size - tokens
 
     def cut(a: jax.Array) -> jax.Array:
         return jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)).reshape(count, size, *a.shape[1:])
@@ -151,7 +167,7 @@ def cross_entropy(
         This device's part of the sum: that over the tokens' axes gives the whole.
     """
     tokens = targets_BT.size
-    size = chunk_tokens or max(1, CHUNK_BYTES // (4 * w_VD.shape[0]))
+    size = chunk_tokens or default_chunk(w_VD.shape[0])
     # The gradients of x and w differ between devices wherever either of them does; their types must say so. The
     # loss itself does not differ over the axes of `vocab`: it is summed over them.
     x_BTD, w_VD = shared_varying(x_BTD, w_VD)

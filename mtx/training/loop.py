@@ -26,6 +26,7 @@ from mtx.data.training import TrainingData
 from mtx.errors import PreemptedError, StalledError, UserError
 from mtx.health.preemption import Preemption
 from mtx.health.spikes import Skipped, Spike, SpikeDetector
+from mtx.health.startup import Startup
 from mtx.health.stragglers import Stragglers
 from mtx.health.watch import Watch
 from mtx.planning.forecast import Forecast, journal_fields, read_peak_bytes
@@ -52,6 +53,7 @@ class Surroundings:
     reporter: Reporter
     preemption: Preemption
     watch: Watch
+    startup: Startup
     stragglers: Stragglers | None
     forecast: Forecast | None
 
@@ -162,10 +164,14 @@ class Loop:
     def _compile(self, state: State, batch: Any) -> Callable[..., Any]:
         if self._program is None:
             self.around.watch.enter("compile", self._first_step - 1)
-            self.around.checkpoints.warm_up()
-            begin = time.perf_counter()
-            lowered = make_train_step(self.setup).lower(state, batch)
+            startup, begin = self.around.startup, time.perf_counter()
+            startup.end("first batch")
+            traced = make_train_step(self.setup).trace(state, batch)
+            startup.end("trace")
+            lowered = traced.lower()
+            startup.end("lower")
             self._program = lowered.compile()
+            startup.end("compile, or read from the cache")
             memory, seconds = self._program.memory_analysis(), time.perf_counter() - begin
             self.around.record(
                 "compiled",
@@ -183,6 +189,8 @@ class Loop:
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         if step == self._first_step:
             self._on_first_step(values, self._program_digest)
+            # Takes seconds of the interpreter, which has nothing to do from now on.
+            self.around.checkpoints.warm_up()
         self._amend(step, values)
         if self.data.sizes.blend(step - 1) != self.data.sizes.blend(max(0, step - 2)):
             self.detector.forget()  # the loss of other data is another one

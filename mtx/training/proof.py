@@ -36,14 +36,20 @@ class Tolerance:
     grad_norm: float
 
 
-TOLERANCES = {"float32": Tolerance(loss=1e-5, grad_norm=1e-4), "bfloat16": Tolerance(loss=1e-2, grad_norm=1e-1)}
+TOLERANCES = {
+    "float32": Tolerance(loss=1e-5, grad_norm=1e-4),
+    "bfloat16": Tolerance(loss=1e-2, grad_norm=1e-1),
+    "float8": Tolerance(loss=2e-2, grad_norm=3e-1),
+}
 """By `Precision.compute`. The step after 0 and 5 others, of models of 4 layers, with and without experts, was measured
 on 16 layouts and cuts of the batch, the loss and the backward pass against one device and one cut. Worst:
 
     float32    loss 1.9e-7, gradient norm 3.3e-7
     bfloat16   loss 1.9e-4, gradient norm 1.2e-3; with experts 1.4e-3 and 8.3e-3, since some tokens change theirs
 
-Ten times the worst is allowed in bfloat16, whose error is that of a rounding, and more in float32, whose error grows
+    float8     loss 1.5e-3, gradient norm 2.8e-2: three layers, the first step, 6 layouts and ways to compute it
+
+Ten times the worst is allowed in 8 and 16 bits, whose error is that of a rounding, more in float32, whose error grows
 with the length of sums: real models have rows a hundred times as long. A wrong collective is off by a half or by two.
 """
 
@@ -144,7 +150,7 @@ def tolerance_of(compute: str, device_kinds: Iterable[str]) -> Tolerance:
 
     GPUs shorten the operands of float32 products to 10 bits (TF32): that is closer to bfloat16 than to float32.
     """
-    return TOLERANCES[compute if set(device_kinds) == {"cpu"} else "bfloat16"]
+    return TOLERANCES[compute if set(device_kinds) == {"cpu"} or compute == "float8" else "bfloat16"]
 
 
 def prove_step(

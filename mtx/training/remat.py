@@ -1,8 +1,8 @@
 """What the backward pass computes again: `Train.recompute` as a transformation of one layer, or as names to keep.
 
 `none` keeps every intermediate value, `selective` the inputs of the expensive-to-repeat parts (what `tap` names) and
-recomputes attention, norms and activations, `full` keeps the input of the layer only. Weights gathered for ZeRO-3 are
-gathered again under every policy: keeping them would hold the whole model on each device.
+recomputes attention (but for cuDNN's), norms and activations, `full` keeps the layer's input only. Weights gathered
+for ZeRO-3 are gathered again under every policy: keeping them would hold the whole model on each device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ SELECTIVE = (
     "query", "key", "value", "after_attention", "mlp_hidden", "mlp_gate",
     "router_logits", "expert_ids", "expert_ranks", "expert_sizes", "expert_weights", "expert_hidden", "expert_gate",
 )  # fmt: skip
-"""Values kept by `selective`: 9 to 11 times B x T x D per layer; with experts, the hidden layers of all that a token is
-sent to."""
+"""Values kept by `selective`: 9 to 11 times B x T x D per layer, and those of CUDNN_FORWARD; with experts, the hidden
+layers of all that a token is sent to."""
+
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+"""JAX's name of cuDNN's attention. `selective` keeps its results as well: the output, and the log-sum-exp of each
+query's scores, with which the kernel's backward pass repeats nothing. Neither has a name of its own inside of
+`jax.nn.dot_product_attention`."""
 
 INPUTS = ("attention_in", "attention_out", "mlp_in", "expert_in")
 """What `none` keeps besides, where values are kept by name: with them no product and no collective is repeated."""
@@ -52,7 +57,10 @@ def rematerialize(
     if recompute == "full":
         policy = policies.nothing_saveable
     elif recompute == "selective":
-        policy = policies.save_only_these_names(*SELECTIVE)
+        named = policies.save_only_these_names(*SELECTIVE)
+
+        def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+            return primitive.name == CUDNN_FORWARD or named(primitive, *args, **params)
     elif regathered:
 
         def policy(primitive: Any, *_: Any, **params: Any) -> bool:

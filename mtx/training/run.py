@@ -37,11 +37,11 @@ from mtx.health.deadline import Deadline
 from mtx.health.journal import Journal, read_journal
 from mtx.health.preemption import Preemption
 from mtx.health.spikes import Spike, SpikeDetector
+from mtx.health.startup import Startup
 from mtx.health.stragglers import Stragglers
 from mtx.health.watch import Watch
 from mtx.jsonl import say
 from mtx.mesh import make_mesh
-from mtx.models import count_parameters
 from mtx.planning.forecast import CALIBRATION, Forecast, forecast
 from mtx.reports.reporter import Reporter
 from mtx.sharding import axis_sizes
@@ -66,6 +66,7 @@ def train(
     resume: str = "auto",
     accept: frozenset[str] = frozenset(),
     quiet: bool = False,
+    startup: Startup | None = None,
 ) -> Trained:
     """Trains, or goes on where the run directory stands, until the last step.
 
@@ -75,6 +76,7 @@ def train(
         resume: `auto` (the newest checkpoint that verifies), `never`, or the number of a step.
         accept: Fields whose change against the checkpoint's config is agreed to, such as `Train.seed`.
         quiet: Whether nothing is printed.
+        startup: Has counted what came before; None: that is not told apart.
 
     Raises:
         UserError: The config does not fit the data, the devices or the run directory, or the resumed run does not
@@ -84,7 +86,7 @@ def train(
         PreemptedError: The process was asked to stop; everything is saved.
         StalledError: A device computes wrongly, or another process is lost.
     """
-    run = config.run
+    run, startup = config.run, startup or Startup()
     require_training_data(run)
     counts = resolve_mesh(run.mesh, jax.device_count())
     check_layout(run, counts, config.provenance)
@@ -93,7 +95,7 @@ def train(
     deadline = None if run.train.stop_before is None else Deadline(run.train.stop_before)
     with ExitStack() as stack:
         directory = _open_directory(config, run_dir, resume, sources, stack)
-        attempt = _Attempt(config, setup, directory, sources, stack, deadline=deadline, quiet=quiet)
+        attempt = _Attempt(config, setup, directory, sources, stack, startup, deadline=deadline, quiet=quiet)
         attempt.run(resume, accept)
     return Trained(directory, setup)
 
@@ -131,11 +133,13 @@ class _Attempt:
         directory: RunDirectory,
         sources: Sources,
         stack: ExitStack,
+        startup: Startup,
         *,
         deadline: Deadline | None,
         quiet: bool,
     ) -> None:
         self.config, self.setup, self.directory, self.sources, self.stack = config, setup, directory, sources, stack
+        self.startup = startup
         self.is_primary, self.quiet = jax.process_index() == 0, quiet
         self.reporter: Reporter | None = None
         checkpoint, health = config.run.checkpoint, config.run.health
@@ -216,10 +220,12 @@ class _Attempt:
         train = self.config.run.train
         total = self.data.sizes.step_at_tokens(train.tokens or 0) if train.steps is None else train.steps
         self._introduce(step, total, checked.drift)
+        self.startup.end("config, data and directory")
         digester = Digester(self.setup.mesh)
         begin = time.perf_counter()
         state, proven = self._restore_or_initialize(digester, step)
         seconds = time.perf_counter() - begin
+        self.startup.end("initialize" if step is None else "restore")
         if checked.drift.accepted:
             self.detector = self._make_detector()  # what was usual of other data or another program says nothing
         self.reporter = self.stack.enter_context(
@@ -237,10 +243,12 @@ class _Attempt:
         loop = Loop(self.setup, digester, self._surroundings(), total, self._describe())
 
         def on_first_step(values: Mapping[str, Any], program: str) -> None:
+            self.startup.end("first step")
             if step is not None:
                 now = {**loop.meta, "program": program}
                 proven.update(prove_first_step(self.setup, checked, step=step, meta=meta, now=now, values=values))
             self._begin(checked, step)
+            self.record("started", step=start + 1, seconds=self.startup.seconds, parts=self.startup.parts)
             if step is not None:
                 self.record("resumed", step=step, seconds=seconds, proof=proven)
             if proven:
@@ -268,7 +276,8 @@ class _Attempt:
 
     def _introduce(self, step: int | None, total: int, drift: Drift) -> None:
         """Says what is going to be trained, and where."""
-        parameters, kind = count_parameters(self.config.run.model), jax.devices()[0].device_kind
+        declared = jax.tree.leaves(self.setup.definition.whole.params)
+        parameters, kind = sum(leaf.size for leaf in declared), jax.devices()[0].device_kind
         mesh = {axis: size for axis, size in axis_sizes(self.setup.mesh).items() if size > 1}
         self.record(
             "start",
@@ -294,6 +303,7 @@ class _Attempt:
             reporter=self.reporter,
             preemption=self.preemption,
             watch=self.watch,
+            startup=self.startup,
             stragglers=Stragglers(ratio=health.straggler_ratio, record=self.record) if compares else None,
             forecast=self._forecast(),
         )

@@ -19,9 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from mtx.collectives import Comm
 from mtx.config import schema
+from mtx.errors import UserError
 from mtx.mesh import host_memory
 from mtx.models import ModelDefinition, define_model
 from mtx.nn.context import Context
+from mtx.nn.float8 import MIN_CAPABILITY
 from mtx.nn.param import Params
 from mtx.optim.state import abstract_state
 from mtx.sharding import Rules, axis_sizes, make_rules, place_params, shardings
@@ -143,16 +145,27 @@ class Setup:
 
     @cached_property
     def context(self) -> Context:
-        """What layers are told about the layout."""
-        device = self.mesh.devices.flat[0]
+        """What layers are told about the layout.
+
+        Raises:
+            UserError: `Precision.compute` is float8 and the GPUs multiply no 8-bit numbers.
+        """
+        device, precision = self.mesh.devices.flat[0], self.run.precision
         capability = getattr(device, "compute_capability", None)
+        if precision.float8_parts and capability is not None and float(capability) < MIN_CAPABILITY:
+            raise UserError(
+                f"Precision.compute = 'float8' needs GPUs that multiply 8-bit numbers, from compute capability "
+                f"{MIN_CAPABILITY} on (Ada, Hopper and later), and {device.device_kind} has {capability}: set "
+                "Precision.compute = 'bfloat16'"
+            )
         return Context(
             comm=Comm(rules=self.rules, sizes=axis_sizes(self.mesh)),
-            dtype=jnp.dtype(self.run.precision.compute),
+            dtype=jnp.dtype(precision.activations),
             attention=self.run.train.attention,
             platform=device.platform,
             compute_capability=None if capability is None else float(capability),
             context_exchange=self.run.train.context_exchange,
+            float8=precision.float8_parts,
         )
 
     @cached_property

@@ -104,7 +104,7 @@ def test_another_mesh(workplace, straight, name, settings):
     (event,) = workplace.events(name, "resumed")
     assert event["step"] == 16
     assert (event["proof"]["arrays"], event["proof"]["batch"]) == ("equal", "equal")
-    assert re.fullmatch(r"within \de-0[678] of 1e-0[45]", event["proof"]["step"])
+    assert re.fullmatch(r"bit-equal|within \de-0[678] of 1e-0[45]", event["proof"]["step"])  # its sums may round alike
 
 
 def test_a_parameter_that_is_not_what_was_saved(workplace, straight):

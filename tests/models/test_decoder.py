@@ -133,8 +133,8 @@ def test_how_it_is_computed_changes_nothing(plain, train):
     assert other.abstract_state == setup.abstract_state  # a checkpoint of the one is a checkpoint of the other
 
 
-def lower(train: dict[str, Any]) -> Any:
-    setup = make_setup({**GPT, "num_layers": 4}, train=train)
+def lower(train: dict[str, Any], num_layers: int = 4) -> Any:
+    setup = make_setup({**GPT, "num_layers": num_layers}, train=train)
     program = jax.jit(make_loss_and_gradients(setup))
     batch = {"tokens": make_tokens()}
     return program.lower(setup.abstract_state["params"], batch, jnp.float32(1), jax.random.key(0), None)
@@ -143,11 +143,11 @@ def lower(train: dict[str, Any]) -> Any:
 def test_recomputation_saves_memory():
     """Scanned; in line XLA's CPU compiler drops the barriers that keep what is computed again apart."""
     none, selective, full = (
-        lower({"recompute": recompute, "scan_layers": True}).compile().memory_analysis().temp_size_in_bytes
+        lower({"recompute": recompute, "scan_layers": True}, 8).compile().memory_analysis().temp_size_in_bytes
         for recompute in ("none", "selective", "full")
     )
     assert selective < 0.5 * none
-    assert full < 0.7 * selective
+    assert full < 0.6 * selective
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

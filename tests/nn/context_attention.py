@@ -83,7 +83,7 @@ def make_attention(case: dict[str, Any], context: int) -> Any:
     def compute(q: jax.Array, k: jax.Array, v: jax.Array, masks: dict[str, jax.Array]) -> jax.Array:
         segments_BT, visible_BT = masks.get("segments_BT"), masks.get("visible_BT")
         sequence = Sequence(None, segments_BT, q.shape[1], visible_BT)
-        return layer._core(*(x.astype(dtype) for x in (q, k, v)), sequence, facts, None)
+        return layer._core(*(x.astype(dtype) for x in (q, k, v)), sequence, facts, lambda out: out, None)
 
     return compute, comm
 

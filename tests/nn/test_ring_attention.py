@@ -111,7 +111,7 @@ def test_kernels_for_split_sequences():
     comm = make_setup(GPT, mesh={"context": 2}).context.comm
     whole = make_setup(GPT).context.comm
     facts = {"dtype": jnp.bfloat16, "platform": "gpu", "compute_capability": 9.0}
-    plain = {"packed": False, "masked": False, "alibi": False}
+    plain = {"length": 2048, "masked": False, "alibi": False}
     assert choose_kernel(Context(comm, **facts), 64, **plain) == "ring"
     assert choose_kernel(Context(comm, **facts, context_exchange="all_to_all"), 64, **plain) == "cudnn"
     assert choose_kernel(Context(whole, **facts), 64, **plain) == "cudnn"
