@@ -17,9 +17,6 @@ READY := $(VENV)/.ready
 COMPILER := $(VENV)/mtx-plan
 REQUIREMENTS := pyproject.toml requirements.txt $(wildcard constraints-*.txt)
 
-# A step on a CPU takes and gives back gigabytes: in pages of 4 KB that costs a tenth of its time (docs/performance.md).
-HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
-
 TEXT := texts/austen.jsonl.gz
 TOKENIZER := stores/austen/tokenizer.model
 STORES := stores/austen/train/manifest.json stores/austen/validation/manifest.json
@@ -65,7 +62,7 @@ $(COMPILER): $(READY)
 
 # What exists is never made again: tokenizers and stores do not change, and a run goes on where its folder stands.
 train: $(STORES)
-	@$(HUGE_PAGES) $(BIN)/mtx train configs/runs/quickstart.gin --run-dir runs/quickstart --sample "It was a truth"
+	@$(BIN)/mtx train configs/runs/quickstart.gin --run-dir runs/quickstart --sample "It was a truth"
 
 $(TOKENIZER): | $(READY)
 	@mkdir -p $(@D)

@@ -4,7 +4,8 @@
 
 The step is the one that `mtx train` runs, on random tokens. The ceiling is the best of a few square matrix products in
 the same number format, measured between the steps, since a shared machine's speed drifts. FLOPs count attention in full
-and no recomputation (mtx.planning.flops).
+and no recomputation (mtx.planning.flops); "causal" counts half of the attention. On a GPU steps are timed in groups of
+`--group`, since a training run does not wait for each.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-BEGIN = time.perf_counter()
+import measuring
 
 
 def main() -> None:
@@ -28,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="STATEMENT")
-    parser.add_argument("--steps", type=int, default=8, help="steps that count, after one that does not")
+    parser.add_argument("--steps", type=int, default=8, help="groups of steps that count")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those that count")
+    parser.add_argument("--group", type=int, help="steps timed together; default: 1 on a CPU, 4 on a GPU")
     parser.add_argument("--cpu-devices", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="also the share of time by kind of operation")
     parser.add_argument("--out", type=Path, help="a file that does not exist yet")
@@ -36,7 +39,7 @@ def main() -> None:
     if args.cpu_devices > 1:
         flags = f"--xla_force_host_platform_device_count={args.cpu_devices}"
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    result = measure(args.config, args.overrides, args.steps, profiles=args.profile)
+    result = measure(args.config, args.overrides, args.steps, args.warmup, args.group, profiles=args.profile)
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
@@ -44,7 +47,9 @@ def main() -> None:
             file.write(text + "\n")
 
 
-def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> dict[str, object]:
+def measure(
+    path: str, overrides: list[str], steps: int, warmup: int, group: int | None, *, profiles: bool
+) -> dict[str, object]:
     """Compiles and times the step of a config."""
     from mtx.config.layout import check_layout, resolve_mesh
     from mtx.config.reader import load
@@ -52,7 +57,6 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
 
     start_process()
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import NamedSharding
 
@@ -63,43 +67,44 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
     from mtx.training.state import Setup
     from mtx.training.step import make_train_step
 
-    run = load(path, overrides).run
-    counts = resolve_mesh(run.mesh, jax.device_count())
-    check_layout(run, counts)
-    setup = Setup(run, make_mesh(counts))
-    rows, seq_len = run.train.global_batch_size, run.train.seq_len
-    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (rows, seq_len + 1)).astype(np.int32)
+    config = load(path, overrides).run
+    counts = resolve_mesh(config.mesh, jax.device_count())
+    check_layout(config, counts)
+    setup = Setup(config, make_mesh(counts))
+    rows, seq_len = config.train.global_batch_size, config.train.seq_len
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, seq_len + 1)).astype(np.int32)
     batch = {"tokens": jax.device_put(tokens, NamedSharding(setup.mesh, batch_spec({**setup.rules, "seq": ()}, 2)))}
-    batch["learning_rate"] = np.float32(1e-4)
+    batch["learning_rate"] = np.float32(measuring.LEARNING_RATE)
     state = setup.initialize()
     begin = time.perf_counter()
     step = make_train_step(setup).lower(state, batch).compile()
     compile_seconds = time.perf_counter() - begin
     jax.block_until_ready(state)
-    seconds_to_ready = time.perf_counter() - BEGIN
+    seconds_to_ready = measuring.seconds_since_start()
     state, metrics = step(state, batch)
     first_loss = float(metrics["loss"])
-    seconds_to_first_step = time.perf_counter() - BEGIN
+    seconds_to_first_step = measuring.seconds_since_start()
 
-    size = 8192 if setup.context.platform == "gpu" else 2048
-    square = jnp.ones((size, size), setup.context.dtype)
-    multiply = jax.jit(lambda a: a @ a)
-    multiply(square).block_until_ready()
+    platform_ = setup.context.platform
+    shape = (measuring.SQUARE[platform_],) * 2
+    square = jax.random.normal(jax.random.key(0), shape, setup.context.dtype)  # of ones a GPU draws less power
+    product = jax.jit(lambda a: a @ a)
 
-    def measure_ceiling() -> float:
-        begin = time.perf_counter()
-        for _ in range(3):
-            square_ = multiply(square)
-        square_.block_until_ready()
-        return 3 * 2 * size**3 / (time.perf_counter() - begin)
-
-    times, ceilings = [], []
-    for _ in range(steps):
-        ceilings.append(measure_ceiling())
-        begin = time.perf_counter()
-        state, metrics = step(state, batch)
+    def run(count: int) -> None:
+        nonlocal state, metrics
+        for _ in range(count):
+            state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - begin)
+
+    def multiply(count: int) -> None:
+        jax.block_until_ready([product(square) for _ in range(count)])
+
+    run(max(warmup - 1, 0))
+    group = group or {"cpu": 1, "gpu": 4}[platform_]
+    timed = measuring.measure_steps(run, multiply, steps=steps, group=group, platform=platform_)
+    times: Any = timed["step_seconds"]
+    ceilings: Any = timed["matmul_tflops_per_device"]
+    last_loss = float(metrics["loss"])
 
     shares = None
     if profiles:
@@ -107,31 +112,42 @@ def measure(path: str, overrides: list[str], steps: int, *, profiles: bool) -> d
 
         shares = profile(lambda: jax.block_until_ready(step(state, batch)), step.as_text())
     whole = setup.definition.whole
-    median = statistics.median(times)
-    flops = model_flops_per_token(run.model, whole.params, whole.axes, seq_len) * rows * seq_len / setup.mesh.size
-    ceiling = max(ceilings) / (setup.mesh.size if setup.context.platform == "cpu" else 1)
+    median = times["median"]
+    flops, causal_flops = (
+        model_flops_per_token(config.model, whole.params, whole.axes, seq_len, attention)
+        * rows
+        * seq_len
+        / setup.mesh.size
+        for attention in ("full", "causal")
+    )
+    if platform_ == "cpu":  # simulated devices share the cores
+        ceilings = {name: value / setup.mesh.size for name, value in ceilings.items()}
     device = setup.mesh.devices.flat[0]
     gpu = find_gpu(device.device_kind)
-    peak = gpu.peak_flops(run.precision.compute) if gpu else None
+    peak = gpu.peak_flops(config.precision.compute) if gpu else None
     statistics_of_device = device.memory_stats() or {}
     memory = step.memory_analysis()
     return {
         **describe_measurement(device.device_kind),
-        "parameters": count_parameters(run.model),
+        "parameters": count_parameters(config.model),
         "devices": setup.mesh.size,
         "tokens_per_second": rows * seq_len / median,
-        "step_seconds": {"median": median, "min": min(times), "max": max(times)},
+        **timed,
         "model_tflops_per_device": flops / median / 1e12,
+        "model_tflops_per_device_causal": causal_flops / median / 1e12,
         "mfu": flops / median / peak if peak else None,
-        "matmul_tflops_per_device": {"median": statistics.median(ceilings) / 1e12, "max": ceiling / 1e12},
-        "share_of_matmul_ceiling": flops / median / ceiling,
+        "mfu_causal": causal_flops / median / peak if peak else None,
+        "matmul_tflops_per_device": ceilings,
+        "share_of_matmul_ceiling": flops / median / ceilings["max"] / 1e12,
         "compile_seconds": compile_seconds,
         "seconds_to_ready": seconds_to_ready,
         "seconds_to_first_step": seconds_to_first_step,
         "state_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_device_bytes": statistics_of_device.get("peak_bytes_in_use"),
+        "peak_resident_bytes": measuring.peak_resident_bytes(),
         "first_loss": first_loss,
+        "last_loss": last_loss,
         "share_of_operations": shares,
     }
 
@@ -142,20 +158,13 @@ def describe_measurement(device_kind: str) -> dict[str, object]:
 
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "environment": {name: os.environ[name] for name in ("GLIBC_TUNABLES", "XLA_FLAGS") if name in os.environ},
+        "environment": measuring.read_environment(),
         "git_revision": find_git_revision(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": device_kind},
+        "machine": {"processor": measuring.describe_processor(), "cores": os.cpu_count(), "device": device_kind},
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
         | {"python": platform.python_version()},
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
