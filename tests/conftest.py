@@ -2,7 +2,14 @@
 
 import atexit
 import os
+import signal
 import tempfile
+
+# Where the tests are started in the background (`nohup`, `&` in a script) these are ignored, and would be by every
+# program that a test starts and sends one of them to.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The scheduler that is switched off starts independent collectives in different orders on different devices, which
