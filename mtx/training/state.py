@@ -25,6 +25,7 @@ from mtx.models import ModelDefinition, define_model
 from mtx.nn.context import Context
 from mtx.nn.float8 import MIN_CAPABILITY
 from mtx.nn.param import Params
+from mtx.nn.threefry import IMPLEMENTATION
 from mtx.optim.state import abstract_state
 from mtx.sharding import Rules, axis_sizes, make_rules, place_params, shardings
 from mtx.training.canonical import Canonical, stage_shapes
@@ -228,7 +229,7 @@ class Setup:
 
         shards = self.state_shardings
         if params is None:
-            key = jax.random.key(self.run.train.seed)
+            key = jax.random.key(self.run.train.seed, impl=IMPLEMENTATION)
             params = jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, targets))(key)
         params = self.canonical.load({"params": params})["params"]
         optimizer = jax.jit(self.transformation.init, out_shardings=shards["optimizer"])(params)
