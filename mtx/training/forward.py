@@ -9,6 +9,7 @@ Layers run in line, or in a `lax.scan` over their stacked weights; checkpoints k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,11 @@ def join_extras(extras: Rows[Extras]) -> Extras:
         return {}
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed)
     return {name: value if name in COUNTS else value.sum(0) for name, value in stacked.items()}
+
+
+def trace_once(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, traced and differentiated once for all calls that are alike: layers in line are."""
+    return jax.jit(layer, inline=True)
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,8 @@ class Forward:
                 layer = self.bind_layer(stack, weights, x_BTD)
                 return layer(x_BTD, sequence, table, context, site, tap, cache, start)
 
-            return rematerialize(apply, recompute, regathered, scanned=setup.scans_layers)
+            layer = rematerialize(apply, recompute, regathered, scanned=setup.scans_layers)
+            return layer if setup.scans_layers else trace_once(layer)
 
         layers = {stack: make_layer(stack) for stack in setup.definition.layers}
         # Sites of the layers start at 1: site 0 is the embedding's.

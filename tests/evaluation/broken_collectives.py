@@ -17,6 +17,7 @@ from tiny import GPT, make_run
 from mtx.collectives import Comm
 from mtx.config import schema
 from mtx.evaluation.certify import compare_layout, compute_reference
+from mtx.training import forward
 
 LAYERS = 2
 RUN = make_run({**GPT, "num_layers": LAYERS}, train={"global_batch_size": 2})
@@ -65,6 +66,7 @@ MISTAKES: dict[str, tuple[str, str, Any]] = {
 
 
 def main() -> None:
+    forward.trace_once = lambda layer: layer  # or the mistake of one layer would be in all
     expected, results = compute_reference(RUN), {}
     for name, (layout, method, mistake) in MISTAKES.items():
         right = getattr(Comm, method)
