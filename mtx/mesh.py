@@ -71,7 +71,8 @@ def start_process(*, peer_timeout_s: float = _PEER_TIMEOUT_S) -> None:
     cache = os.environ.get("MTX_COMPILATION_CACHE", str(Path.home() / ".cache" / "mtx" / "xla"))
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # Drawing weights is several programs of a few tenths of a second; JAX's own default leaves out all below one.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     values = [os.environ.get(name) for name in ENVIRONMENT]
     if not any(values):
         return
