@@ -40,8 +40,8 @@ def join_extras(extras: Rows[Extras]) -> Extras:
 
 
 def trace_once(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, traced and differentiated once for all calls that are alike: layers in line are."""
-    return jax.jit(layer, inline=True)
+    """The same function, traced, differentiated and lowered once for all calls that are alike: layers in line are."""
+    return jax.jit(layer)
 
 
 @dataclass(frozen=True)
