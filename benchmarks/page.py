@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _draw_document(document: Record, colors: dict[str, str]) -> str:
     parts += [f'<p class="loud">{escape(text)}</p>' for text in _warn(document)]
     if cases:
         parts += _draw_pictures(cases, colors)
-        parts.append(f"<h2>Each measurement</h2>{_draw_measurements(cases)}")
+        parts.append(f"<h2>Each measurement</h2>{''.join(_draw_measurements(cases))}")
     parts.append(fold("Machine, versions, commands", _draw_origin(document)))
     parts.append(f'<p class="note">{escape(_CONVENTIONS)}</p>')
     return "".join(parts)
@@ -90,6 +91,16 @@ def _bars(case: Record, key: str) -> Iterator[Bar]:
         )  # fmt: skip
 
 
+def _start_bars(case: Record) -> Iterator[Bar]:
+    """Of rounds after the first, which find compiled programs in their caches."""
+    for system in case["summary"]["systems"]:
+        warm = [m for m in case["measurements"] if m["system"] == system and "error" not in m and m["round"] > 1]
+        values = [m["seconds_to_first_loss"] for m in warm]
+        if values:
+            value = statistics.median(values)
+            yield Bar(case=case["name"], system=system, value=value, low=min(values), high=max(values), note="")
+
+
 def _draw_pictures(cases: list[Record], colors: dict[str, str]) -> Iterator[str]:
     ratios = [
         Bar(case=c["name"], system=peer, value=r["median"], low=r["low"], high=r["high"],
@@ -117,36 +128,39 @@ def _draw_pictures(cases: list[Record], colors: dict[str, str]) -> Iterator[str]
         work = case["work"]
         shape = f"{format_count(work['parameters'])} parameters, batch {work['batch']:,} x {work['seq_len']:,}"
         yield draw_figure(picture, f"{case['name']}: {shape}, {work['compute']}")
+    if bars := [bar for case in cases for bar in _start_bars(case)]:
+        picture = draw_bars(bars, colors, title="Start", unit="seconds", format_value="{:.1f} s".format)
+        yield draw_figure(picture, "From the start of the process to the first loss, with full compilation caches")
 
 
-def _draw_measurements(cases: list[Record]) -> str:
-    head = (
-        "case", "system", "round", "tokens/s", "step min / median / max", "model TFLOP/s", "causal", "MFU",
-        "of own ceiling", "of best", "peak memory", "compile", "to first loss", "first, last loss", "load per core",
-    )  # fmt: skip
-    rows = [_row(case["name"], m) for case in cases for m in case["measurements"] if "error" not in m]
-    return draw_table(head, rows, "numbers worded tight")
+def _draw_measurements(cases: list[Record]) -> Iterator[str]:
+    measured = [(case["name"], m) for case in cases for m in case["measurements"] if "error" not in m]
+    for columns in (_SPEED, _START):
+        rows = [
+            [escape(case), escape(m["system"]), str(m["round"]), *(show_it(m) for show_it in columns.values())]
+            for case, m in measured
+        ]
+        yield draw_table(("case", "system", "round", *columns), rows, "numbers worded tight")
 
 
-def _row(case: str, m: Record) -> list[str]:
-    seconds: dict[str, Any] = m["step_seconds"]
-    return [
-        escape(case),
-        escape(m["system"]),
-        str(m["round"]),
-        f"{m['tokens_per_second']:,.0f}",
-        " / ".join(format_seconds(seconds[name]) for name in ("min", "median", "max")),
-        f"{m['model_tflops']['full']:.3g}",
-        f"{m['model_tflops']['causal']:.3g}",
-        show(m["mfu"], lambda mfu: _SHARE(mfu["full"])),
-        _SHARE(m["share_of_own_ceiling"]),
-        _SHARE(m["share_of_best_ceiling"]),
-        f"{format_gib(m['peak_memory_bytes'])} {m['peak_memory_kind']}",
-        format_duration(m["compile_seconds"]),
-        format_duration(m["seconds_to_first_loss"]),
-        f"{m['first_loss']:.2f}, {m['last_loss']:.2f}",
-        f"{m['load_per_core']:.1f}",
-    ]
+_SPEED: dict[str, Callable[[Record], str]] = {
+    "tokens/s": lambda m: f"{m['tokens_per_second']:,.0f}",
+    "step min / median / max": lambda m: " / ".join(
+        format_seconds(m["step_seconds"][name]) for name in ("min", "median", "max")
+    ),
+    "model TFLOP/s": lambda m: f"{m['model_tflops']['full']:.3g}",
+    "causal": lambda m: f"{m['model_tflops']['causal']:.3g}",
+    "MFU": lambda m: show(m["mfu"], lambda mfu: _SHARE(mfu["full"])),
+    "of own ceiling": lambda m: _SHARE(m["share_of_own_ceiling"]),
+    "of best": lambda m: _SHARE(m["share_of_best_ceiling"]),
+}
+_START: dict[str, Callable[[Record], str]] = {
+    "compile": lambda m: format_duration(m["compile_seconds"]),
+    "to first loss": lambda m: format_duration(m["seconds_to_first_loss"]),
+    "peak memory": lambda m: f"{format_gib(m['peak_memory_bytes'])} {m['peak_memory_kind']}",
+    "first, last loss": lambda m: f"{m['first_loss']:.2f}, {m['last_loss']:.2f}",
+    "load per core before": lambda m: f"{m['load_per_core']:.1f}",
+}
 
 
 def _draw_origin(document: Record) -> str:

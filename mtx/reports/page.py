@@ -94,7 +94,8 @@ tbody tr:last-child td { border-bottom: 0; }
 .estimates td:nth-child(2), .estimates th:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .estimates td:last-child { color: var(--soft); font-size: 13px; width: 60%; }
-figure + figure, figure + .scroll, .scroll + figure { margin-top: 14px; }
+figure + figure, .facts + figure, figure + .scroll, .scroll + figure, .scroll + .scroll {
+  margin-top: 14px; }
 .loud { background: var(--card); border: 2px solid var(--bad); border-radius: 10px; padding: 12px 16px;
   font-weight: 600; }
 .tight th, .tight td { padding: 6px 9px; } .tight td { white-space: nowrap; }
