@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,19 @@ FLAGS = (
 )
 
 
-def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with simulated CPU devices."""
-    flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *FLAGS])
+ROUND_AS_WRITTEN = "--xla_allow_excess_precision=false"
+"""Flag of XLA: round wherever the program converts. Else programs differ in rounding where their fusions differ."""
+
+
+def environment(devices: int = 1, *flags: str, **more: str) -> dict[str, str]:
+    """Of a process with simulated CPU devices, and more flags of XLA."""
+    all_flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *FLAGS, *flags])
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MTX_", "XLA_", "JAX_"))}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     # A device that waits in a collective keeps a thread: with one per core, those that are late may never get one.
     threads = str(2 * devices + (os.cpu_count() or 1))
     return {
-        **inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": threads, "PYTHONPATH": paths, **more,
+        **inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": all_flags, "PJRT_NPROC": threads, "PYTHONPATH": paths, **more,
     }  # fmt: skip
 
 
@@ -57,9 +62,10 @@ def start(arguments: list[str], *, env: dict[str, str]) -> subprocess.Popen[byte
     return subprocess.Popen([sys.executable, *arguments], env=env, stdout=quiet, stderr=quiet, cwd=ROOT)
 
 
-def run_json(program: str, *arguments: str, devices: int, timeout_s: float = 400) -> Any:
+def run_json(program: str, *arguments: str, devices: int, flags: Sequence[str] = (), timeout_s: float = 400) -> Any:
     """What a program of `tests/` prints as JSON on its last line."""
-    process = run([str(ROOT / "tests" / program), *arguments], env=environment(devices), timeout_s=timeout_s)
+    env = environment(devices, *flags)
+    process = run([str(ROOT / "tests" / program), *arguments], env=env, timeout_s=timeout_s)
     return json.loads(process.stdout.splitlines()[-1])
 
 
